@@ -1,0 +1,7 @@
+"""``python -m torchferry``."""
+
+import sys
+
+from torchferry.cli.main import main
+
+sys.exit(main())

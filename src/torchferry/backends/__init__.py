@@ -1,0 +1,97 @@
+"""L2: the table of inference engines, and the verb ``compile``.
+
+To add one: a folder with ``compile.py`` and ``session.py`` whose ``__init__.py`` holds ``BACKEND``, a line in
+``_TABLE``, and an extra in ``pyproject.toml``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchferry.core.engine import Backend, Engine, platform_versions
+from torchferry.core.errors import MissingBackendError, UnsupportedError, did_you_mean
+from torchferry.core.files import new_folder
+from torchferry.core.target import Target
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+__all__ = ["compile", "get", "names"]
+
+_TABLE = {
+    "onnxruntime": "torchferry.backends.onnxruntime",
+    "reference": "torchferry.backends.reference",
+}
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all backends, installed or not, the preferred one first."""
+    return tuple(_TABLE)
+
+
+def get(name: str) -> Backend:
+    """Return a backend by name, whether or not its engine is installed.
+
+    Raises:
+        MissingBackendError: If no backend has this name.
+    """
+    if name not in _TABLE:
+        raise MissingBackendError(f"unknown backend '{name}'", hint=did_you_mean(name, _TABLE))
+    backend: Backend = importlib.import_module(_TABLE[name]).BACKEND
+    return backend
+
+
+def compile(graph: Any, target: Target, folder: str | PathLike[str], *, overwrite: bool = False) -> Engine:
+    """Compile a graph for an engine, and load the result once to see that the engine takes it.
+
+    Args:
+        graph: An ``Exported``, a path to an ONNX file, a ``ModelProto``, an ``ir.Model`` or an ``ONNXProgram``.
+        target: The engine and its precision.
+        folder: Where the engine's files go; must not exist, or be empty.
+        overwrite: Replace the folder if it exists.
+
+    Returns:
+        The compiled engine.
+
+    Raises:
+        MissingBackendError: If the engine is unknown or not installed.
+        UnsupportedError: If it cannot do what the target asks.
+        BackendError: If it refuses the graph.
+        OutputError: If the folder cannot be written.
+    """
+    from torchferry.graph import as_exported
+
+    backend = get(target.backend)
+    check_target(target)
+    exported = as_exported(graph, target)
+    with new_folder(Path(folder), overwrite=overwrite) as partial:
+        backend.compile(exported, target, partial)
+        files = tuple(sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()))
+        versions = {target.backend: backend.availability().version or "unknown", **platform_versions()}
+        engine = Engine(partial, target, exported.signature, versions, files)
+        engine.open().close()
+    return Engine(Path(folder), target, exported.signature, versions, files)
+
+
+def check_target(target: Target) -> None:
+    """Check, before any work, that an engine can do what a target asks.
+
+    Raises:
+        MissingBackendError: If the engine is unknown or not installed.
+        UnsupportedError: If it cannot compute in this precision here.
+    """
+    backend = get(target.backend)
+    available = backend.availability()
+    if not available.ok:
+        raise MissingBackendError(f"the engine '{target.backend}' cannot be used here: {available.reason}")
+    precisions = backend.capabilities().precisions
+    if target.precision not in precisions:
+        raise UnsupportedError(
+            f"'{target.backend}' does not compute in {target.precision} here; it offers {', '.join(precisions)}",
+            hint=f"choose precision {' or '.join(precisions)}, or another backend",
+        )
+    if target.device != "cpu":
+        raise UnsupportedError(f"'{target.backend}' runs on 'cpu' here, not on '{target.device}'")
+

@@ -1,0 +1,86 @@
+"""Running an ONNX Runtime engine; needs neither torch nor onnx."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torchferry.core.engine import Engine, Session
+from torchferry.core.errors import BackendError, MissingBackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torchferry.core.engine import Array
+
+MODEL_FILE = "model.onnx"
+
+
+def session_options(threads: int | None, spinning: bool) -> Any:
+    """Return ``onnxruntime.SessionOptions``.
+
+    Args:
+        threads: Threads for one operator; None for the number of cores that this process may use.
+        spinning: Let idle threads spin. Faster by a little when alone on a machine, and a full core wasted otherwise.
+
+    Raises:
+        MissingBackendError: If ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as exc:
+        raise MissingBackendError(
+            "the engine 'onnxruntime' is not installed", hint="pip install 'torchferry[onnxruntime]'"
+        ) from exc
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    options.log_severity_level = 4  # its errors come as exceptions too; its warnings are for its developers
+    return options
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Turn ONNX Runtime's exceptions into ``BackendError``."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as exc:  # noqa: BLE001 - its exceptions share no base class
+        raise BackendError(f"ONNX Runtime cannot {doing}: {_shortened(str(exc)) or type(exc).__name__}") from exc
+
+
+def _shortened(message: str) -> str:
+    """Keep the operator, the node and the reason; leave out status codes and places in ONNX Runtime's own source."""
+    message = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", message.strip())
+    message = re.sub(r"Non-zero status code returned while running (\w+) node. Name:'([^']*)' Status Message:", r"\1 node '\2':", message)
+    return re.sub(r"\S*/onnxruntime_src/\S+ ", "", message).split("\n", 1)[0].strip()
+
+
+class OnnxRuntimeSession(Session):
+    """A loaded ONNX Runtime model.
+
+    Args:
+        engine: What ``compile`` wrote.
+        threads: See ``session_options``.
+        spinning: See ``session_options``.
+    """
+
+    def __init__(self, engine: Engine, *, threads: int | None = None, spinning: bool = False) -> None:
+        super().__init__(engine.signature)
+        options = session_options(threads, spinning)
+        import onnxruntime as ort
+
+        path = str(engine.folder / MODEL_FILE)
+        with translated(f"load '{path}'"):
+            self._session: Any = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def _execute(self, feeds: dict[str, Array]) -> Sequence[Array]:
+        with translated("run the model"):
+            outputs: Sequence[Array] = self._session.run(None, feeds)
+        return outputs
+
+    def _release(self) -> None:
+        self._session = None

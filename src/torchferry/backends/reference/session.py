@@ -1,0 +1,48 @@
+"""Running onnx's reference evaluator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchferry.core.engine import Engine, Session
+from torchferry.core.errors import BackendError, MissingBackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torchferry.core.engine import Array
+
+MODEL_FILE = "model.onnx"
+
+
+class ReferenceSession(Session):
+    """A model loaded into onnx's evaluator.
+
+    Args:
+        engine: What ``compile`` wrote.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine.signature)
+        try:
+            from onnx.reference import ReferenceEvaluator
+        except ImportError as exc:
+            raise MissingBackendError(
+                "the engine 'reference' is not installed", hint="pip install 'torchferry[reference]'"
+            ) from exc
+        try:
+            self._evaluator: Any = ReferenceEvaluator(str(engine.folder / MODEL_FILE))
+        except Exception as exc:
+            raise BackendError(f"onnx's evaluator cannot load '{engine.folder / MODEL_FILE}': {exc}") from exc
+
+    def _execute(self, feeds: dict[str, Array]) -> Sequence[Array]:
+        try:
+            outputs = self._evaluator.run(None, feeds)
+        except Exception as exc:
+            raise BackendError(f"onnx's evaluator cannot run the model: {exc}") from exc
+        return [np.asarray(output) for output in outputs]
+
+    def _release(self) -> None:
+        self._evaluator = None

@@ -1,0 +1,47 @@
+"""``torchferry export``: from a PyTorch model to an ONNX file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchferry.cli.model_flags import add_model_flags, read_config
+
+if TYPE_CHECKING:
+    import argparse
+
+    from torchferry.cli.terminal import Terminal
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser("export", help="export a model to an ONNX file")
+    add_model_flags(parser)
+    parser.add_argument("-o", "--out", metavar="FILE", default="model.onnx", help="default: model.onnx")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, terminal: Terminal) -> int:
+    """Run the command."""
+    from torchferry.core.target import Target
+    from torchferry.pipeline.steps import Steps
+
+    config = read_config(options, options.out)
+    steps = Steps(terminal)
+    with steps.step("import torch"):
+        from torchferry.pipeline.export import export
+        from torchferry.pipeline.loading import load_source
+    with steps.step("load model and data") as step:
+        loaded = load_source(config)
+        step.detail = "; ".join(loaded.notes)
+    with steps.step("export") as step:
+        exported = export(loaded.source, target=Target(**config.targets[0].model_dump()))
+        step.detail = str(exported)
+    terminal.findings(exported.report.findings)
+    exported.report.raise_for_failure()
+    exported.save(Path(options.out))
+    terminal.result(
+        options.out, {"model": options.out, "steps": steps.done, "report": exported.report.to_dict()}
+    )
+    return 0

@@ -1,0 +1,110 @@
+"""Flags that say which model, weights, inputs and dimensions; they override the config, key by key."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torchferry.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from torchferry.pipeline.config import DeployConfig
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of everything that starts from a PyTorch model."""
+    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a deploy.toml; flags override it")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="REF", help="module:factory or file.py:factory")
+    model.add_argument("--checkpoint", metavar="FILE", help="safetensors, or what torch.save wrote")
+    model.add_argument("--unsafe-checkpoint", action="store_true", help="let a pickled checkpoint run its code")
+    model.add_argument(
+        "--input",
+        action="append",
+        metavar="DATA",
+        help="picture.png, name=picture.png, name=file.npz or name=1,1,3,3; repeatable",
+    )
+    graph = parser.add_argument_group("graph")
+    graph.add_argument("--input-names", metavar="A,B", help="names of the graph's inputs")
+    graph.add_argument("--output-names", metavar="A,B", help="names of the graph's outputs")
+    graph.add_argument(
+        "--dynamic",
+        action="append",
+        metavar="INPUT:AXIS=NAME,…",
+        help="dynamic dimensions, such as image:0=batch,2=height,3=width; repeatable",
+    )
+    graph.add_argument("--target", "--backend", dest="target", metavar="ENGINE", help="default: onnxruntime")
+    graph.add_argument("--precision", help="fp32 (default), fp16, bf16 or int8")
+    graph.add_argument("--opset", type=int, help="opset of the ONNX graph")
+    parser.add_argument(
+        "--set", action="append", metavar="KEY=VALUE", help="any other key of the config, such as verify.atol=1e-5"
+    )
+
+
+def read_config(options: argparse.Namespace, out: str | None) -> DeployConfig:
+    """Return the config that a config file and the flags describe together.
+
+    Args:
+        options: The parsed flags.
+        out: The output folder, if the command has one.
+
+    Raises:
+        ConfigError: If a flag or key cannot be used.
+        MissingFileError: If a config file does not exist.
+    """
+    from torchferry.pipeline.config import merge, read_toml, validate
+
+    values = read_toml(options.config) if options.config else {}
+    values = merge(values, _from_flags(options, values))
+    if out is not None:
+        values["out"] = out
+    return validate(values, options.config or "flags")
+
+
+def _from_flags(options: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
+    from torchferry.pipeline.config import merge, toml_value
+
+    values: dict[str, Any] = {}
+
+    def put(key: str, value: Any) -> None:
+        nonlocal values
+        if value is not None and value is not False:
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            values = merge(values, value)
+
+    put("model.factory", options.model)
+    put("model.checkpoint", options.checkpoint)
+    put("model.unsafe_checkpoint", options.unsafe_checkpoint)
+    put("inputs", options.input)
+    put("export.input_names", options.input_names and options.input_names.split(","))
+    put("export.output_names", options.output_names and options.output_names.split(","))
+    for item in options.dynamic or ():
+        name, axes = parse_dynamic(item)
+        put(f"export.dynamic.{name}", axes)
+    target = {"backend": options.target, "precision": options.precision, "opset": options.opset}
+    target = {key: value for key, value in target.items() if value is not None}
+    if target:
+        targets = config.get("targets")
+        first = targets[0] if isinstance(targets, list) and targets and isinstance(targets[0], dict) else {}
+        put("targets", [{**first, **target}])
+    for item in options.set or ():
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set '{item}' must be KEY=VALUE")
+        put(key, toml_value(value))
+    return values
+
+
+def parse_dynamic(text: str) -> tuple[str, dict[str, str]]:
+    """Read ``image:0=batch,2=height``.
+
+    Raises:
+        ConfigError: If the text has another form.
+    """
+    name, colon, axes = text.rpartition(":")
+    pairs = [part.partition("=") for part in axes.split(",")]
+    if not colon or not name or not all(axis.strip().isdigit() and dim for axis, _, dim in pairs):
+        raise ConfigError(f"--dynamic '{text}' must look like image:0=batch,2=height,3=width")
+    return name, {axis.strip(): dim.strip() for axis, _, dim in pairs}

@@ -1,0 +1,89 @@
+"""What the user sees: steps as they run on a terminal, nothing but results elsewhere, JSON for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.status import Status
+
+    from torchferry.core.errors import TorchferryError
+    from torchferry.core.report import Finding
+    from torchferry.pipeline.steps import Step
+
+_MARKS = {"error": "[red]✗[/]", "warning": "[yellow]![/]", "info": "[blue]i[/]"}
+
+
+class Terminal:
+    """Writes progress to standard error and results to standard output.
+
+    Args:
+        as_json: Print one JSON object at the end in place of text.
+    """
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+        self.shows_progress = sys.stderr.isatty() and not as_json
+        self._status: Status | None = None
+        if self.shows_progress:
+            from rich.console import Console
+
+            self._console = Console(stderr=True, highlight=False)
+
+    def started(self, name: str) -> None:
+        """Show a step that begins."""
+        if self.shows_progress:
+            self._status = self._console.status(name)
+            self._status.start()
+
+    def finished(self, step: Step) -> None:
+        """Show a step that ended well."""
+        self.close()
+        if self.shows_progress:
+            from rich.markup import escape
+
+            detail = f"  [dim]{escape(step.detail)}[/]" if step.detail else ""
+            self._console.print(
+                f"[green]✓[/] {escape(step.name)}  [cyan]{step.seconds:.1f} s  {step.peak_mib:.0f} MiB[/]{detail}"
+            )
+
+    def findings(self, findings: Iterable[Finding]) -> None:
+        """Show what the user should know: errors and warnings anywhere, the rest on a terminal only."""
+        for finding in findings:
+            if self.as_json or (finding.severity == "info" and not self.shows_progress):
+                continue
+            if self.shows_progress:
+                from rich.markup import escape
+
+                self._console.print(f"{_MARKS[finding.severity]} {escape(str(finding))}")
+            else:
+                print(finding, file=sys.stderr)  # noqa: T201 - the program's output
+
+    def result(self, text: str, values: dict[str, Any]) -> None:
+        """Print the result: the text, or the values as JSON."""
+        self.close()
+        print(json.dumps(values, indent=2, default=_json_value) if self.as_json else text)  # noqa: T201
+
+    def error(self, exc: TorchferryError) -> None:
+        """Print an error, on standard output as JSON where that was asked for."""
+        self.close()
+        if self.as_json:
+            values = {"code": type(exc).__name__, "message": exc.message, "where": exc.where, "hint": exc.hint}
+            print(json.dumps({"error": values}, indent=2))  # noqa: T201
+        else:
+            print(f"error: {exc}", file=sys.stderr)  # noqa: T201
+
+    def close(self) -> None:
+        """Take down what is being shown."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def _json_value(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)

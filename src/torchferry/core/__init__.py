@@ -1,0 +1,1 @@
+"""L0: the nouns and rules that everything else is built from; needs numpy alone."""

@@ -1,0 +1,213 @@
+"""Compiled artefacts, their sessions, and what a backend must offer.
+
+A backend is a folder under ``backends/`` with a module whose name ``BACKEND`` satisfies ``Backend``. It writes files
+in ``compile`` and returns a ``Session`` from ``open``; everything about names, shapes, ranges and packages is done
+here, once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+
+from torchferry.core.errors import BackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from torchferry.core.signature import Signature
+    from torchferry.core.target import Target
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether an engine can be used on this machine.
+
+    Attributes:
+        ok: True if it can.
+        version: The engine's version, if installed.
+        reason: Why not, with the command that mends it.
+    """
+
+    ok: bool
+    version: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can do here.
+
+    Attributes:
+        precisions: The precisions it really computes in on this machine.
+        max_opset: The newest opset of the default ONNX domain that it reads.
+        dynamic_shapes: True if one compiled engine runs at many sizes.
+    """
+
+    precisions: tuple[str, ...]
+    max_opset: int
+    dynamic_shapes: bool
+
+
+class Graph(Protocol):
+    """What a backend may ask of an exported model."""
+
+    @property
+    def signature(self) -> Signature:
+        """Names, dtypes, shapes and valid sizes."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the ONNX file, with external data beside it where it is large."""
+        ...
+
+
+class Backend(Protocol):
+    """One inference engine."""
+
+    name: str
+
+    def availability(self) -> Availability:
+        """Tell whether the engine is installed, without importing it if that can be helped."""
+        ...
+
+    def capabilities(self) -> Capabilities:
+        """Tell what the engine can do here; needs the engine."""
+        ...
+
+    def compile(self, graph: Graph, target: Target, folder: Path) -> None:
+        """Write everything that ``open`` needs into an empty folder.
+
+        Raises:
+            BackendError: If the engine refuses the graph.
+        """
+        ...
+
+    def open(self, engine: Engine, **options: Any) -> Session:
+        """Load a compiled engine.
+
+        Raises:
+            BackendError: If the engine cannot load it.
+        """
+        ...
+
+
+def get_backend(name: str) -> Backend:
+    """Find a backend by name in the table ``torchferry.backends``.
+
+    The table stands in a higher layer and is looked up by its name, so that opening an engine needs no caller to carry
+    the table around.
+
+    Raises:
+        MissingBackendError: If no backend has this name.
+    """
+    backend: Backend = importlib.import_module("torchferry.backends").get(name)
+    return backend
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A compiled model on disk.
+
+    Attributes:
+        folder: Where its files are; ``files`` are relative to it.
+        target: What it was compiled for.
+        signature: Names, dtypes, shapes and valid sizes.
+        versions: Of the engine and everything that made the files.
+        files: Relative paths, in order.
+    """
+
+    folder: Path
+    target: Target
+    signature: Signature
+    versions: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+
+    def open(self, **options: Any) -> Session:
+        """Load it; use the result as a context manager.
+
+        Args:
+            **options: The backend's own, such as ``threads=2``.
+
+        Raises:
+            MissingBackendError: If the engine is not installed here.
+            BackendError: If it cannot load the files.
+        """
+        return get_backend(self.target.backend).open(self, **options)
+
+
+class Session(ABC):
+    """A loaded engine. Checks every call against the signature, so that a backend only has to run.
+
+    A session may be used from several threads at once, and must be closed, best by ``with``.
+    """
+
+    _KNOWN_SHAPES = 64  # checked shapes to remember; a server sees few
+
+    def __init__(self, signature: Signature) -> None:
+        self.signature = signature
+        self._names = signature.input_names
+        self._output_names = signature.output_names
+        self._checked: set[tuple[Any, ...]] = set()
+        self._closed = False
+
+    @abstractmethod
+    def _execute(self, feeds: dict[str, Array]) -> Sequence[Array]:
+        """Run on checked inputs; return the outputs in the signature's order."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Let go of the engine's memory; called once."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the model.
+
+        Args:
+            inputs: For every input name a numpy array of the signature's dtype and shape.
+
+        Returns:
+            For every output name a numpy array, in the graph's order.
+
+        Raises:
+            InputError: If an input is missing, unknown, or of a dtype, rank or size that the model was not exported for.
+            BackendError: If the engine fails, or the session is closed.
+        """
+        if self._closed:
+            raise BackendError("the session is closed", hint="open the engine again")
+        feeds = dict(inputs)
+        try:
+            key = tuple([(feeds[n].shape, feeds[n].dtype) for n in self._names]) if len(feeds) == len(self._names) else None
+        except (KeyError, AttributeError):
+            key = None
+        if key is None or key not in self._checked:
+            self.signature.check(feeds)
+            if len(self._checked) >= self._KNOWN_SHAPES:
+                self._checked.clear()
+            if key is not None:
+                self._checked.add(key)
+        return dict(zip(self._output_names, self._execute(feeds), strict=True))
+
+    def close(self) -> None:
+        """Release the engine; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def platform_versions() -> dict[str, str]:
+    """Versions of Python, the system and numpy, for manifests and reports."""
+    return {"python": platform.python_version(), "platform": platform.platform(), "numpy": np.__version__}

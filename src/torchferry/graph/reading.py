@@ -1,0 +1,101 @@
+"""Reading a graph from whatever form the user has it in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from torchferry.core.errors import FormatError
+from torchferry.core.expressions import Expression
+from torchferry.core.files import require_file
+from torchferry.core.signature import DimRange, Signature, TensorSpec
+from torchferry.core.target import Target
+from torchferry.graph.exported import SIGNATURE_KEY, Exported
+
+
+def as_exported(graph: Any, target: Target | None = None) -> Exported:
+    """Return an ``Exported`` for anything that holds an ONNX graph.
+
+    Args:
+        graph: An ``Exported``, a path, a ``ModelProto``, an ``ir.Model`` or torch's ``ONNXProgram``.
+        target: For a graph that is not an ``Exported``; ONNX Runtime if None.
+
+    Raises:
+        MissingFileError: If the path leads nowhere.
+        FormatError: If the file is not a whole ONNX model, or the object none of the above.
+    """
+    if isinstance(graph, Exported):
+        return graph
+    target = target or Target()
+    if isinstance(graph, str | os.PathLike):
+        model = _load(Path(graph))
+    elif isinstance(graph, ir.Model):
+        model = graph
+    elif isinstance(graph, onnx.ModelProto):
+        model = ir.from_proto(graph)
+    elif isinstance(getattr(graph, "model", None), ir.Model):
+        model = graph.model
+    else:
+        raise FormatError(
+            f"cannot read a graph from a {type(graph).__name__}",
+            hint="give an Exported, a path to an .onnx file, a ModelProto, an ir.Model or an ONNXProgram",
+        )
+    return Exported(model, _signature(model), target)
+
+
+def _load(path: Path) -> ir.Model:
+    require_file(path, "ONNX model")
+    try:
+        model = ir.load(path)
+    except (DecodeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as exc:
+        raise FormatError(f"'{path}' is not a whole ONNX model: {exc}", hint="export or download it again") from exc
+    if not len(model.graph.outputs):
+        raise FormatError(f"'{path}' is not an ONNX model: it has no outputs", hint="check the path")
+    return model
+
+
+def _signature(model: ir.Model) -> Signature:
+    if SIGNATURE_KEY in model.metadata_props:
+        try:
+            return Signature.from_json(model.metadata_props[SIGNATURE_KEY])
+        except ValueError as exc:
+            raise FormatError(f"the graph's '{SIGNATURE_KEY}' cannot be read: {exc}") from exc
+    initializers = set(model.graph.initializers)
+    inputs = tuple(tensor_spec(v) for v in model.graph.inputs if v.name not in initializers)
+    outputs = tuple(tensor_spec(v) for v in model.graph.outputs)
+    names = {size for spec in inputs for size in spec.shape or () if isinstance(size, str) and size.isidentifier()}
+    return Signature(
+        tuple(_only_known(spec, names) for spec in inputs),
+        tuple(_only_known(spec, names) for spec in outputs),
+        {name: DimRange() for name in sorted(names)},
+    )
+
+
+def tensor_spec(value: ir.Value) -> TensorSpec:
+    """Describe an input or output of a graph."""
+    shape = None
+    if value.shape is not None:
+        shape = tuple(size if isinstance(size, int) else size.value for size in value.shape)
+    dtype = value.dtype.numpy().name if value.dtype is not None else "float32"
+    return TensorSpec(value.name or "", dtype, shape)
+
+
+def _only_known(spec: TensorSpec, names: set[str]) -> TensorSpec:
+    """Keep the sizes that follow from the named dimensions; what else a file may say there means 'unknown'."""
+    if spec.shape is None:
+        return spec
+
+    def known(size: int | str | None) -> bool:
+        if not isinstance(size, str):
+            return True
+        try:
+            return Expression(size).names <= names
+        except FormatError:
+            return False
+
+    return TensorSpec(spec.name, spec.dtype, tuple(size if known(size) else None for size in spec.shape))

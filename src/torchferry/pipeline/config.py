@@ -1,0 +1,228 @@
+"""The deploy config: what ``deploy.toml`` and the command line's flags may say."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping  # noqa: TC003 - pydantic reads the annotations
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from torchferry.core.errors import ConfigError, did_you_mean
+from torchferry.core.files import require_file
+from torchferry.core.target import Precision  # noqa: TC001 - pydantic reads the annotations
+from torchferry.package import Postprocess, Preprocess
+
+_MAX_DEPTH = 16  # of bases; deeper is a circle
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(_Section):
+    """The model.
+
+    Attributes:
+        factory: ``module:factory`` or ``file.py:factory``.
+        arguments: Keyword arguments of the factory.
+        checkpoint: safetensors, or a file that torch.save wrote; None for the weights that the factory makes.
+        unsafe_checkpoint: Let a pickled checkpoint run its code.
+    """
+
+    factory: str
+    arguments: dict[str, Any] = {}
+    checkpoint: Path | None = None
+    unsafe_checkpoint: bool = False
+
+
+class TargetSection(_Section):
+    """Where it goes; see ``core.target.Target``."""
+
+    backend: str = "onnxruntime"
+    precision: Precision = "fp32"
+    device: str = "cpu"
+    opset: int | None = None
+
+
+class ExportSection(_Section):
+    """Names and dynamic dimensions of the graph.
+
+    Attributes:
+        input_names: In order; forward's parameters where not given.
+        output_names: In order.
+        dynamic: ``{input: {axis: name}}``.
+    """
+
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
+    dynamic: dict[str, dict[int, str]] = {}
+
+
+class VerifySection(_Section):
+    """What is asked of the engine.
+
+    Attributes:
+        atol: Absolute tolerance; the precision's own by default.
+        rtol: Relative tolerance; the precision's own by default.
+        sizes: Sizes of each dynamic dimension to run; chosen from the ranges by default.
+    """
+
+    atol: float | None = Field(default=None, ge=0)
+    rtol: float | None = Field(default=None, ge=0)
+    sizes: dict[str, tuple[int, ...]] | None = None
+
+
+class DeployConfig(_Section):
+    """Everything that ``torchferry deploy`` needs.
+
+    Attributes:
+        name: The package's name; the factory's by default.
+        model: The model.
+        inputs: ``picture.png``, ``name=picture.png``, ``name=file.npz``, ``name=file.npy`` or ``name=1,1,3,3``.
+        targets: One or more engines; the first is the package's default.
+        export: Names and dynamic dimensions.
+        verify: Tolerances and sizes.
+        preprocess: How a picture becomes each input.
+        postprocess: How each output becomes a picture.
+        out: The package's folder.
+    """
+
+    name: str | None = None
+    model: ModelSection
+    inputs: tuple[str, ...] = Field(min_length=1)
+    targets: tuple[TargetSection, ...] = Field(default=(TargetSection(),), min_length=1)
+    export: ExportSection = ExportSection()
+    verify: VerifySection = VerifySection()
+    preprocess: Mapping[str, Preprocess] = {}
+    postprocess: Mapping[str, Postprocess] = {}
+    out: Path
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a config file and its bases into one dictionary; paths in it become relative to the current folder.
+
+    ``base = ["a.toml", …]`` is read first, in order; tables merge, everything else is replaced.
+
+    Raises:
+        MissingFileError: If the file or a base does not exist.
+        ConfigError: If one is not TOML, or the bases run in a circle.
+    """
+    return _read(Path(path), 0)
+
+
+def _read(path: Path, depth: int) -> dict[str, Any]:
+    require_file(path, "config")
+    if depth > _MAX_DEPTH:
+        raise ConfigError(f"the bases of '{path}' run in a circle")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"'{path}' is not TOML: {exc}") from exc
+    bases = values.pop("base", [])
+    if isinstance(bases, str):
+        bases = [bases]
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"'base' in '{path}' must be a list of paths, got {bases!r}")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = merge(merged, _read(path.parent / base, depth + 1))
+    return merge(merged, _anchored(values, path.parent))
+
+
+def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``old`` with ``new`` on top: tables merge, everything else is replaced."""
+    merged = dict(old)
+    for key, value in new.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _anchored(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make the paths of one config file relative to that file's folder."""
+
+    def anchor(path: Any) -> Any:
+        return os.path.normpath(folder / path) if isinstance(path, str) else path
+
+    model = values.get("model")
+    if isinstance(model, dict):
+        if isinstance(model.get("checkpoint"), str):
+            model["checkpoint"] = anchor(model["checkpoint"])
+        factory = model.get("factory")
+        if isinstance(factory, str) and factory.rpartition(":")[0].endswith(".py"):
+            model["factory"] = anchor(factory)
+    if "out" in values:
+        values["out"] = anchor(values["out"])
+    if isinstance(values.get("inputs"), list):
+        values["inputs"] = [_anchored_input(item, folder) for item in values["inputs"]]
+    return values
+
+
+def _anchored_input(item: Any, folder: Path) -> Any:
+    if not isinstance(item, str):
+        return item
+    name, equals, value = item.rpartition("=")
+    is_path = Path(value).suffix.lower() not in ("",) and not _is_numbers(value)
+    return f"{name}{equals}{os.path.normpath(folder / value)}" if is_path else item
+
+
+def _is_numbers(text: str) -> bool:
+    try:
+        [float(part) for part in text.partition(":")[0].split(",")]
+    except ValueError:
+        return False
+    return True
+
+
+def validate(values: Mapping[str, Any], origin: str) -> DeployConfig:
+    """Check a dictionary against the config's fields.
+
+    Args:
+        values: As ``read_toml`` gives it, with the flags on top.
+        origin: Where it came from, for the message.
+
+    Raises:
+        ConfigError: If a key is unknown (the nearest valid one is named), missing, or has a wrong value.
+    """
+    try:
+        return DeployConfig.model_validate(values)
+    except ValidationError as exc:
+        problems = [_word(error) for error in exc.errors()]
+        raise ConfigError(f"{origin}: " + "; ".join(problems)) from exc
+
+
+def _word(error: Any) -> str:
+    *parents, last = error["loc"]
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        hint = did_you_mean(str(last), _fields_at(parents))
+        return f"unknown key '{key}' ({hint})"
+    if error["type"] == "missing":
+        return f"'{key}' is missing"
+    return f"'{key}': {error['msg']}, got {error['input']!r}"
+
+
+def _fields_at(location: list[Any]) -> list[str]:
+    """Return the valid keys at a place in the config."""
+    current: Any = DeployConfig
+    for part in location:
+        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+            break
+        if part in current.model_fields:
+            annotation = current.model_fields[part].annotation
+            inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+            current = inner[0] if inner else current
+    return sorted(current.model_fields) + (["base"] if current is DeployConfig else [])
+
+
+def toml_value(text: str) -> Any:
+    """Read the value of ``--set key=value``: TOML where it is TOML, else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+

@@ -1,0 +1,259 @@
+"""The verb ``deploy``: all verbs in order, from a module to a proven package."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchferry import backends
+from torchferry.core.compare import TOLERANCES, Tolerance
+from torchferry.core.errors import TorchferryError, VerificationError
+from torchferry.core.files import check_free
+from torchferry.core.report import Report
+from torchferry.core.target import Target
+from torchferry.package import Package, Postprocess, Preprocess, pack
+from torchferry.pipeline.steps import Steps
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from os import PathLike
+
+    from torchferry.core.engine import Engine
+    from torchferry.exporter import Source
+    from torchferry.graph import Exported
+    from torchferry.package.pictures import Channels
+    from torchferry.pipeline.config import DeployConfig
+
+
+def deploy(
+    source: Source,
+    targets: Sequence[Target] = (Target(),),
+    out: str | PathLike[str] = "out",
+    *,
+    data: Any = None,
+    tolerance: Tolerance | None = None,
+    sizes: Mapping[str, Sequence[int]] | None = None,
+    preprocess: Mapping[str, Preprocess] | None = None,
+    postprocess: Mapping[str, Postprocess] | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+    steps: Steps | None = None,
+) -> Package:
+    """Export, compile, verify and pack a model.
+
+    Args:
+        source: The module with its example, names and dynamic dimensions.
+        targets: One or more engines; the first that a machine has is the one that the package opens there.
+        out: The package's folder; it is whole or absent at the end.
+        data: Inputs to verify on, one tuple or dict of tensors or an iterable of them; the source's example if None.
+        tolerance: What is asked of every engine; its precision's own by default.
+        sizes: Sizes of dynamic dimensions to verify at; chosen from their ranges by default.
+        preprocess: How a picture becomes each input.
+        postprocess: How each output becomes a picture; where inputs are pictures and this is not said, outputs shaped
+            like pictures are taken for pictures in 0..1.
+        name: The package's name; the module's class by default.
+        overwrite: Replace the folder if it exists.
+        steps: Where to record time and memory, and whom to tell.
+
+    Returns:
+        The package, loaded.
+
+    Raises:
+        VerificationError: If an engine does not give what PyTorch gives. Nothing is packed; the report lies beside the
+            folder, as ``OUT.report.html``.
+        TorchferryError: As ``export``, ``compile``, ``verify`` and ``pack``.
+    """
+    return _walk(
+        source,
+        targets,
+        Path(out),
+        data=data,
+        tolerance=tolerance,
+        sizes=sizes,
+        preprocess=preprocess,
+        postprocess=postprocess,
+        name=name,
+        overwrite=overwrite,
+        steps=steps or Steps(),
+    )[0]
+
+
+def _walk(
+    source: Source,
+    targets: Sequence[Target],
+    out: Path,
+    *,
+    data: Any,
+    tolerance: Tolerance | None,
+    sizes: Mapping[str, Sequence[int]] | None,
+    preprocess: Mapping[str, Preprocess] | None,
+    postprocess: Mapping[str, Postprocess] | None,
+    name: str | None,
+    overwrite: bool,
+    steps: Steps,
+) -> tuple[Package, Report]:
+    from torchferry.pipeline.export import export
+
+    check_free(out, overwrite=overwrite)
+    for target in targets:
+        backends.check_target(target)
+    with steps.step("export") as step:
+        exported = export(source, target=targets[0])
+        step.detail = str(exported)
+    exported.report.raise_for_failure()
+
+    with tempfile.TemporaryDirectory(prefix="torchferry-") as scratch:
+        engines: list[Engine] = []
+        reports: list[Report] = []
+        for target in targets:
+            with steps.step(f"compile for {target}") as step:
+                engine = backends.compile(exported, target, Path(scratch) / str(target))
+                size = sum((engine.folder / file).stat().st_size for file in engine.files)
+                step.detail = f"{size / 2**20:.2f} MiB"
+            engines.append(engine)
+            reports.append(verify_at(steps, engine, source, data, tolerance, sizes))
+        report = _whole_report(exported, reports, steps)
+        if not report.passed:
+            raise _refusal(report, out)
+        with steps.step("pack") as step:
+            package = pack(
+                engines,
+                out,
+                report=report,
+                exported=exported,
+                preprocess=preprocess,
+                postprocess=_picture_outputs(exported) if preprocess and postprocess is None else postprocess,
+                name=name or type(source.model).__name__,
+                rewrites=exported.rewrites,
+                versions=_versions(),
+                overwrite=overwrite,
+            )
+            step.detail = str(out)
+    return package, report
+
+
+def verify_at(
+    steps: Steps,
+    engine: Engine,
+    source: Source,
+    data: Any,
+    tolerance: Tolerance | None,
+    sizes: Mapping[str, Sequence[int]] | None,
+) -> Report:
+    """Verify as one step, at every combination of the sizes given, or at sizes chosen from the ranges."""
+    from torchferry.verification import verify
+
+    chosen = None if sizes is None else [dict(zip(sizes, values, strict=True)) for values in product(*sizes.values())]
+    with steps.step(f"verify {engine.target}") as step:
+        report = verify(engine, source, data, tolerance=tolerance, sizes=chosen)
+        worst = max((c.max_abs for c in report.comparisons), default=0.0)
+        cases = len({c.case for c in report.comparisons})
+        step.detail = f"{cases} cases, max abs difference {worst:.3g}"
+    return report
+
+
+def _whole_report(exported: Exported, reports: list[Report], steps: Steps) -> Report:
+    """Join what export and every verification found into the page that the package carries."""
+    if len(reports) > 1:
+        reports = [_labelled(report) for report in reports]
+    joined = functools.reduce(Report.joined, reports).with_findings(exported.report.findings)
+    timed = {step.name: str(step) for step in steps.done}
+    return joined.with_facts("graph", {"graph": str(exported), **exported.statistics()}).with_facts("steps", timed)
+
+
+def _picture_outputs(exported: Exported) -> dict[str, Postprocess]:
+    """Take float outputs with four axes, the second of 1 or 3 channels, for pictures."""
+    modes: dict[Any, Channels] = {1: "L", 3: "RGB"}
+    return {
+        spec.name: Postprocess(channels=modes[spec.shape[1]])
+        for spec in exported.signature.outputs
+        if spec.shape is not None and len(spec.shape) == 4 and spec.shape[1] in modes and spec.dtype == "float32"
+    }
+
+
+def _labelled(report: Report) -> Report:
+    """Say in every comparison which engine it is about."""
+    target = report.title.rpartition(" on ")[2]
+    return dataclasses.replace(
+        report, comparisons=tuple(dataclasses.replace(c, name=f"{c.name} on {target}") for c in report.comparisons)
+    )
+
+
+def _refusal(report: Report, out: Path) -> TorchferryError:
+    page = out.with_name(f"{out.name}.report.html")
+    report.save(page)
+    errors = [f for f in report.findings if f.severity == "error"]
+    return VerificationError(
+        f"the model did not arrive intact: {errors[0].message}"
+        + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""),
+        where=errors[0].where,
+        hint=f"nothing was packed; read '{page}'",
+    )
+
+
+def _versions() -> dict[str, str]:
+    import onnx
+    import onnx_ir
+    import torch
+
+    import torchferry
+
+    return {
+        "torchferry": torchferry.__version__,
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnx_ir": onnx_ir.__version__,
+    }
+
+
+def deploy_config(
+    config: DeployConfig, *, overwrite: bool = False, steps: Steps | None = None
+) -> tuple[Package, Report]:
+    """Deploy what a config describes; return the package and the report that lies in it.
+
+    Args:
+        config: The config.
+        overwrite: Replace the package's folder if it exists.
+        steps: Where to record time and memory, and whom to tell.
+
+    Raises:
+        TorchferryError: As ``deploy``, and for a model, checkpoint or input that cannot be read.
+    """
+    steps = steps or Steps()
+    targets = [Target(**target.model_dump()) for target in config.targets]
+    check_free(config.out, overwrite=overwrite)
+    for target in targets:
+        backends.check_target(target)
+    with steps.step("import torch"):
+        from torchferry.pipeline.loading import load_source
+    with steps.step("load model and data") as step:
+        loaded = load_source(config)
+        step.detail = "; ".join(loaded.notes)
+    return _walk(
+        loaded.source,
+        targets,
+        config.out,
+        data=loaded.calls,
+        tolerance=tolerance_of(config, targets[0]),
+        sizes=config.verify.sizes,
+        preprocess=loaded.preprocess,
+        postprocess=config.postprocess or None,
+        name=config.name or config.model.factory.rpartition(":")[2],
+        overwrite=overwrite,
+        steps=steps,
+    )
+
+
+def tolerance_of(config: DeployConfig, target: Target) -> Tolerance | None:
+    """Return the tolerance that a config asks for; None where it leaves that to the precision."""
+    if config.verify.atol is None and config.verify.rtol is None:
+        return None
+    default = TOLERANCES[target.precision]
+    return Tolerance(
+        default.atol if config.verify.atol is None else config.verify.atol,
+        default.rtol if config.verify.rtol is None else config.verify.rtol,
+    )
