@@ -39,7 +39,7 @@ def test_an_error_survives_pickling(cls: type[TorchferryError]) -> None:
 @pytest.mark.parametrize(
     ("name", "known", "hint"),
     [
-        ("heigth", ["height", "width"], "did you mean 'height'?"),
+        ("heigth", ["height", "batch"], "did you mean 'height'?"),
         ("precisio", ["precision", "precisions"], "did you mean 'precision' or 'precisions'?"),
         ("zzz", ["b", "a"], "known: 'a', 'b'"),
         ("zzz", [], "known: nothing"),

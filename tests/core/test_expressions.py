@@ -1,6 +1,7 @@
 """Expressions over sizes: Python's arithmetic, and nothing but arithmetic."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,10 @@ TEXTS = st.recursive(st.one_of(st.sampled_from("abc"), st.integers(0, 99).map(st
 @given(text=TEXTS, sizes=SIZES)
 def test_agrees_with_python(text: str, sizes: dict[str, int]) -> None:
     expression = Expression(text)
-    assert expression.names == {name for name in "abc" if name in text.replace("abs", "").replace("and", "")}
+    assert expression.names == set(re.findall(r"\b[abc]\b", text))
     try:
         expected = eval(text, {}, sizes)
-    except (ZeroDivisionError, OverflowError) as exc:
+    except ZeroDivisionError as exc:
         with pytest.raises(type(exc)):
             expression.evaluate(sizes)
     else:

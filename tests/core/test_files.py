@@ -12,6 +12,7 @@ import pytest
 from torchferry.core.errors import IntegrityError, MissingFileError, OutputError
 from torchferry.core.files import check_free, inside, new_files, new_folder, require_file, sha256, write_text
 
+MARKER = "deploy.json"
 FAILURES = {
     "exception": ValueError("a step failed"),
     "Ctrl-C": KeyboardInterrupt(),
@@ -36,6 +37,12 @@ def fill(folder: Path, text: str = "new") -> None:
     (folder / "deploy.json").write_text(text)
 
 
+def fill_and_raise(folder: Path, failure: BaseException) -> None:
+    folder.mkdir(exist_ok=True)
+    fill(folder)
+    raise failure
+
+
 FILLED = {"out/deploy.json": "new", "out/sub/engine": "new"}
 
 
@@ -44,7 +51,7 @@ def test_a_folder_appears_whole_at_the_end(tmp_path: Path, before: str) -> None:
     out = tmp_path / "out"
     if before == "empty":
         out.mkdir()
-    with new_folder(out) as partial:
+    with new_folder(out, marker=MARKER) as partial:
         fill(partial)
         assert not (out / "deploy.json").exists()
         assert partial.stat().st_dev == tmp_path.stat().st_dev
@@ -56,10 +63,9 @@ def test_a_folder_is_absent_after_a_failure_and_so_are_its_parents(tmp_path: Pat
     (tmp_path / "kept").mkdir()
     with (
         pytest.raises(OutputError if type(failure) is OSError else type(failure)) as caught,
-        new_folder(tmp_path / "kept" / "made" / "too" / "out") as partial,
+        new_folder(tmp_path / "kept" / "made" / "too" / "out", marker=MARKER) as partial,
     ):
-        fill(partial)
-        raise failure
+        fill_and_raise(partial, failure)
     assert tree(tmp_path) == {"kept": ""}
     if type(failure) is OSError:
         assert "the disk is full" in str(caught.value)
@@ -69,23 +75,23 @@ def test_a_folder_is_absent_after_a_failure_and_so_are_its_parents(tmp_path: Pat
 
 
 def test_parents_are_kept_if_somebody_else_used_them(tmp_path: Path) -> None:
-    with pytest.raises(ValueError), new_folder(tmp_path / "made" / "too" / "out"):
-        (tmp_path / "made" / "other").write_text("theirs")
-        raise ValueError
-    assert tree(tmp_path) == {"made/other": "theirs"}
+    with pytest.raises(ValueError), new_folder(tmp_path / "made" / "too" / "out", marker=MARKER) as partial:
+        fill_and_raise(partial.parent / "theirs", ValueError())
+    assert tree(tmp_path) == {f"made/too/theirs/{name.removeprefix('out/')}": "new" for name in FILLED}
 
 
 def test_parents_are_removed_if_a_later_one_cannot_be_made(tmp_path: Path) -> None:
-    with pytest.raises(OutputError), new_folder(tmp_path / "made" / ("x" * 300) / "out"):
+    with pytest.raises(OutputError), new_folder(tmp_path / "made" / ("x" * 300) / "out", marker=MARKER):
         pass
     assert tree(tmp_path) == {}
 
 
 def test_overwrite_keeps_the_old_folder_until_the_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with new_folder(out) as partial:
+    with new_folder(out, marker=MARKER) as partial:
         (partial / "old").write_text("old")
-    with new_folder(out, overwrite=True) as partial:
+        (partial / MARKER).write_text("old")
+    with new_folder(out, overwrite=True, marker=MARKER) as partial:
         fill(partial)
         assert (out / "old").read_text() == "old"
     assert tree(tmp_path) == FILLED
@@ -94,11 +100,10 @@ def test_overwrite_keeps_the_old_folder_until_the_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
 def test_overwrite_keeps_the_old_folder_after_a_failure(tmp_path: Path, failure: BaseException) -> None:
     out = tmp_path / "out"
-    with new_folder(out) as partial:
+    with new_folder(out, marker=MARKER) as partial:
         fill(partial, "old")
-    with pytest.raises((OutputError, type(failure))), new_folder(out, overwrite=True) as partial:
-        fill(partial)
-        raise failure
+    with pytest.raises((OutputError, type(failure))), new_folder(out, overwrite=True, marker=MARKER) as partial:
+        fill_and_raise(partial, failure)
     assert tree(tmp_path) == dict.fromkeys(FILLED, "old")
 
 
@@ -107,10 +112,13 @@ def test_a_failed_rename_brings_the_old_folder_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     out = tmp_path / "out"
-    with new_folder(out) as partial:
+    with new_folder(out, marker=MARKER) as partial:
         fill(partial, "old")
     _fail_rename(monkeypatch, moment, OSError(errno.EIO, "Input/output error"), done=False)
-    with pytest.raises(OutputError, match="Input/output error"), new_folder(out, overwrite=True) as partial:
+    with (
+        pytest.raises(OutputError, match="Input/output error"),
+        new_folder(out, overwrite=True, marker=MARKER) as partial,
+    ):
         fill(partial)
     assert tree(tmp_path) == dict.fromkeys(FILLED, "old")
 
@@ -120,10 +128,10 @@ def test_ctrl_c_right_after_a_rename_leaves_a_whole_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:
     out = tmp_path / "out"
-    with new_folder(out) as partial:
+    with new_folder(out, marker=MARKER) as partial:
         fill(partial, "old")
     _fail_rename(monkeypatch, moment, KeyboardInterrupt(), done=True)
-    with pytest.raises(KeyboardInterrupt), new_folder(out, overwrite=True) as partial:
+    with pytest.raises(KeyboardInterrupt), new_folder(out, overwrite=True, marker=MARKER) as partial:
         fill(partial)
     assert tree(tmp_path) in (dict.fromkeys(FILLED, "old"), FILLED)
 
@@ -158,7 +166,10 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_leaves_nothing(tiny_disk: Path) -> None:
-    with pytest.raises(OutputError, match="the disk is full"), new_folder(tiny_disk / "made" / "out") as partial:
+    with (
+        pytest.raises(OutputError, match="the disk is full"),
+        new_folder(tiny_disk / "made" / "out", marker=MARKER) as partial,
+    ):
         (partial / "engine").write_bytes(bytes(1 << 20))
     assert not list(tiny_disk.iterdir())
     (tiny_disk / "report.txt").write_text("old")
@@ -171,34 +182,45 @@ def test_a_full_disk_leaves_nothing(tiny_disk: Path) -> None:
 @pytest.mark.parametrize("place", ["file", "file/out", "file/deep/out"])
 def test_a_file_in_the_way_is_refused_and_kept(tmp_path: Path, place: str, overwrite: bool) -> None:
     (tmp_path / "file").write_text("mine")
-    for attempt in (check_free, lambda path, overwrite: new_folder(path, overwrite=overwrite).__enter__()):
+    for attempt in (check_free, lambda path, **how: new_folder(path, **how).__enter__()):
         with pytest.raises(OutputError, match="file"):
-            attempt(tmp_path / place, overwrite=overwrite)
+            attempt(tmp_path / place, overwrite=overwrite, marker=MARKER)
     assert tree(tmp_path) == {"file": "mine"}
 
 
 def test_a_full_folder_is_refused_and_kept(tmp_path: Path) -> None:
     fill(tmp_path)
     before = tree(tmp_path)
-    with pytest.raises(OutputError, match="exists") as caught, new_folder(tmp_path):
+    with pytest.raises(OutputError, match="exists") as caught, new_folder(tmp_path, marker=MARKER):
         pass
     assert "--overwrite" in str(caught.value)
     assert tree(tmp_path) == before
-    check_free(tmp_path, overwrite=True)
-    check_free(tmp_path / "new" / "deep", overwrite=False)
+    check_free(tmp_path, overwrite=True, marker=MARKER)
+    check_free(tmp_path / "new" / "deep", overwrite=False, marker=MARKER)
+
+
+def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with (
+        pytest.raises(OutputError, match="holds no 'deploy.json'"),
+        new_folder(tmp_path, overwrite=True, marker=MARKER),
+    ):
+        pass
+    assert tree(tmp_path) == {"thesis.tex": "years of work"}
 
 
 @pytest.mark.parametrize("path", ["/", "a\0b"])
 def test_an_impossible_path_is_refused(path: str) -> None:
-    with pytest.raises(OutputError), new_folder(Path(path), overwrite=True):
+    with pytest.raises(OutputError), new_folder(Path(path), overwrite=True, marker=MARKER):
         pass
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
-    with pytest.raises(OutputError, match="permission denied"), new_folder(closed / "out"):
+    if os.access(closed, os.W_OK):
+        pytest.skip("this user may write anywhere")
+    with pytest.raises(OutputError, match="permission denied"), new_folder(closed / "out", marker=MARKER):
         pass
     with pytest.raises(OutputError, match="permission denied"):
         write_text(closed / "report.txt", "x")
@@ -209,24 +231,26 @@ def test_a_folder_that_the_system_calls_read_only_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(OutputError, match="permission denied") as caught:
-        check_free(tmp_path / "made" / "out", overwrite=False)
+        check_free(tmp_path / "made" / "out", overwrite=False, marker=MARKER)
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("failure", [None, *FAILURES.values()], ids=["good", *FAILURES])
-def test_new_files_come_together_or_not_at_all(tmp_path: Path, failure: BaseException | None) -> None:
+def test_new_files_come_together_over_the_old_ones(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_text("old")
     (tmp_path / "other").write_text("theirs")
-    try:
-        with new_files(tmp_path) as partial:
-            (partial / "m.onnx").write_text("new")
-            (partial / "m.onnx.data").write_text("new")
-            if failure:
-                raise failure
-    except BaseException as exc:
-        assert failure, exc
-    moved = {"m.onnx": "old"} if failure else {"m.onnx": "new", "m.onnx.data": "new"}
-    assert tree(tmp_path) == {**moved, "other": "theirs"}
+    with new_files(tmp_path) as partial:
+        (partial / "m.onnx").write_text("new")
+        (partial / "m.onnx.data").write_text("new")
+        assert (tmp_path / "m.onnx").read_text() == "old"
+    assert tree(tmp_path) == {"m.onnx": "new", "m.onnx.data": "new", "other": "theirs"}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES.keys())
+def test_new_files_leave_the_old_ones_after_a_failure(tmp_path: Path, failure: BaseException) -> None:
+    (tmp_path / "deploy.json").write_text("old")
+    with pytest.raises(OutputError if type(failure) is OSError else type(failure)), new_files(tmp_path) as partial:
+        fill_and_raise(partial, failure)
+    assert tree(tmp_path) == {"deploy.json": "old"}
 
 
 def test_new_files_moves_data_before_the_file_that_refers_to_it(
@@ -243,8 +267,8 @@ def test_new_files_moves_data_before_the_file_that_refers_to_it(
 
 def test_write_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_text(Path("größe.txt"), "3×")
-    assert (tmp_path / "größe.txt").read_bytes() == "3×".encode()
+    write_text(Path("größe.txt"), "grün")
+    assert (tmp_path / "größe.txt").read_bytes() == "grün".encode()
     with pytest.raises(OutputError, match="nowhere"):
         write_text(tmp_path / "nowhere" / "x.txt", "x")
     assert [path.name for path in tmp_path.iterdir()] == ["größe.txt"]
@@ -287,7 +311,7 @@ def test_inside_refuses_a_way_out(tmp_path: Path, relative: str) -> None:
     (folder / "out").symlink_to(tmp_path)
     (folder / "file-out").symlink_to("../secret")
     (folder / "loop").symlink_to("loop")
-    with pytest.raises(IntegrityError, match="leaves the folder|cannot|link|null") as caught:
+    with pytest.raises(IntegrityError, match=r"leaves the folder|cannot|link|null") as caught:
         inside(folder, relative)
     assert relative in str(caught.value)
 
@@ -300,7 +324,7 @@ def test_inside_takes_a_folder_that_is_itself_a_link(tmp_path: Path) -> None:
 
 def test_require_file(tmp_path: Path) -> None:
     path = tmp_path / "weights"
-    with pytest.raises(MissingFileError, match="checkpoint '.*weights' does not exist"):
+    with pytest.raises(MissingFileError, match=r"checkpoint '.*weights' does not exist"):
         require_file(path, "checkpoint")
     with pytest.raises(MissingFileError, match="is a folder"):
         require_file(tmp_path, "checkpoint")

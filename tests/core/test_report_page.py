@@ -86,14 +86,14 @@ def test_shows_everything() -> None:
         ),
         (one(0.5, size=1000),),
         {"environment": {"python": "3.11"}, "steps": {"export": "2 s"}},
-        (Picture("at 3×", (("PyTorch", b"one"), ("engine", b"two"))),),
+        (Picture("at size 3", (("PyTorch", b"one"), ("engine", b"two"))),),
     )
     page = Page(report)
     for text in (
         "verify net on reference-fp32", "Failed", "error", "output-differs", "output 'y' differs", "net.py:3: x / y",
         "use fp32", "eval-mode", "y", "photo", "float64[1000]", "0.5", "0.0005", "1 of 1,000",
         "atol 0.0001, rtol 0.0001", "differs", "1 of 1 differ", "environment", "python", "3.11", "steps", "export",
-        "at 3×", "PyTorch", "engine", "absolute error (decades)", "elements (log scale)", "10⁻¹⁰", "10²", "atol",
+        "at size 3", "PyTorch", "engine", "absolute error (decades)", "elements (log scale)", "10⁻¹⁰", "10²", "atol",
     ):  # fmt: skip
         assert text in page.texts, text
     assert "1 of 1000 elements, worst at (0,): expected 0, got 0.5" in page.text
@@ -196,7 +196,7 @@ def test_figures_that_do_not_exist_are_not_invented() -> None:
     shape = compare(np.float32([1]), np.float32([1, 1, 1]), TOLERANCE, name="y")
     page = Page(Report("t", comparisons=(nan, shape)))
     assert "svg" not in page.tags
-    assert page.texts.count("–") == 8  # three figures and a missing case, twice
+    assert page.texts.count("\N{EN DASH}") == 8  # three figures and a missing case, twice
     assert "5 elements have no error to plot" in page.text
 
 

@@ -22,7 +22,7 @@ SIGNATURE = Signature(
     },
     relations=(
         Relation("height % 4 == 0", where="net.py:9: x.view(4, -1)"),
-        Relation("height > batch", waived=("batch=8",), from_library=True),
+        Relation("height > batch"),
     ),
 )
 
@@ -86,14 +86,9 @@ def test_sizes_outside_the_exported_ones_are_refused(batch: int, height: int, wo
         SIGNATURE.check_sizes({"batch": batch, "height": height})
 
 
-def test_a_relation_need_not_hold_where_it_is_waived() -> None:
-    assert SIGNATURE.check(arrays(8, 4)) == {"batch": 8, "height": 4}
-
-
-@pytest.mark.parametrize("expression", ["8 % n == 0", "sqrt(n - 1) >= 0", "1e308 * 10 ** 8 // n > 0"])
+@pytest.mark.parametrize("expression", ["8 % n == 0", "sqrt(n - 1) >= 0", "int(1e308 * 10**8) > n"])
 def test_a_relation_that_is_undefined_does_not_hold(expression: str) -> None:
     assert not Relation(expression).holds({"n": 0})
-    assert Relation(expression, waived=("m=1", "n=0")).holds({"n": 0})
 
 
 @given(

@@ -1,5 +1,6 @@
 """Pictures in, pictures out: depth, order, layout, statistics, padding, and files that are no pictures."""
 
+import contextlib
 import errno
 import io
 
@@ -115,7 +116,7 @@ def test_padding_with_the_mean_is_zero():
 
 
 def test_picture_larger_than_pad_to():
-    with pytest.raises(InputError, match="5x7 .* does not fit into pad_to 5x6"):
+    with pytest.raises(InputError, match=r"5x7 .* does not fit into pad_to 5x6"):
         to_array(picture(), Preprocess(pad_to=(5, 6)))
 
 
@@ -407,10 +408,8 @@ def test_damaged_picture_is_read_or_refused(damaged, data, file_format):
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     damaged.write_bytes(content)
-    try:
+    with contextlib.suppress(FormatError):  # and no other error
         assert load_picture(damaged).mode in {"RGB", "L"}
-    except FormatError as exc:
-        assert "a'" in exc.message
 
 
 # Writing files

@@ -6,17 +6,19 @@ To add one: a folder with ``compile.py`` and ``session.py`` whose ``__init__.py`
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchferry.core.engine import Backend, Engine, platform_versions
+from torchferry.core.engine import RECORD_FILE, Backend, Engine, platform_versions
 from torchferry.core.errors import MissingBackendError, UnsupportedError, did_you_mean
 from torchferry.core.files import new_folder
-from torchferry.core.target import Target
 
 if TYPE_CHECKING:
     from os import PathLike
+
+    from torchferry.core.target import Target
 
 __all__ = ["compile", "get", "names"]
 
@@ -66,13 +68,14 @@ def compile(graph: Any, target: Target, folder: str | PathLike[str], *, overwrit
     backend = get(target.backend)
     check_target(target)
     exported = as_exported(graph, target)
-    with new_folder(Path(folder), overwrite=overwrite) as partial:
+    with new_folder(Path(folder), overwrite=overwrite, marker=RECORD_FILE) as partial:
         backend.compile(exported, target, partial)
         files = tuple(sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()))
         versions = {target.backend: backend.availability().version or "unknown", **platform_versions()}
         engine = Engine(partial, target, exported.signature, versions, files)
         engine.open().close()
-    return Engine(Path(folder), target, exported.signature, versions, files)
+        engine.save()
+    return dataclasses.replace(engine, folder=Path(folder))
 
 
 def check_target(target: Target) -> None:
@@ -94,4 +97,3 @@ def check_target(target: Target) -> None:
         )
     if target.device != "cpu":
         raise UnsupportedError(f"'{target.backend}' runs on 'cpu' here, not on '{target.device}'")
-

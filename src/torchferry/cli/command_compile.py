@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchferry.core.target import DEFAULT_BACKEND
+
 if TYPE_CHECKING:
     import argparse
 
@@ -16,7 +18,7 @@ def add(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser("compile", help="compile an ONNX file for an engine")
     parser.add_argument("model", metavar="MODEL.onnx")
-    parser.add_argument("--backend", "--target", dest="backend", default="onnxruntime", metavar="ENGINE")
+    parser.add_argument("--backend", "--target", dest="backend", default=DEFAULT_BACKEND, metavar="ENGINE")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("-o", "--out", metavar="FOLDER", required=True, help="the package's folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
@@ -30,12 +32,12 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     from torchferry.core.files import check_free
     from torchferry.core.target import Target
     from torchferry.graph import as_exported
-    from torchferry.package import pack
+    from torchferry.package import MANIFEST_FILE, pack
     from torchferry.pipeline.steps import Steps
 
     target = Target(options.backend, options.precision)
     backends.check_target(target)
-    check_free(Path(options.out), overwrite=options.overwrite)
+    check_free(Path(options.out), overwrite=options.overwrite, marker=MANIFEST_FILE)
     steps = Steps(terminal)
     with tempfile.TemporaryDirectory(prefix="torchferry-") as scratch:
         with steps.step(f"compile for {target}"):

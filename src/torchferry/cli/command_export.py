@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchferry.cli.model_flags import add_model_flags, read_config
+from torchferry.cli.outputs import check_output_file
 
 if TYPE_CHECKING:
     import argparse
@@ -27,6 +27,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     from torchferry.core.target import Target
     from torchferry.pipeline.steps import Steps
 
+    out = check_output_file(options.out)
     config = read_config(options, options.out)
     steps = Steps(terminal)
     with steps.step("import torch"):
@@ -40,8 +41,6 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         step.detail = str(exported)
     terminal.findings(exported.report.findings)
     exported.report.raise_for_failure()
-    exported.save(Path(options.out))
-    terminal.result(
-        options.out, {"model": options.out, "steps": steps.done, "report": exported.report.to_dict()}
-    )
+    exported.save(out)
+    terminal.result(options.out, {"model": options.out, "steps": steps.done, "report": exported.report.to_dict()})
     return 0

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchferry.cli.outputs import check_output_file
 from torchferry.core.errors import ConfigError
+from torchferry.pipeline.inputs import read_inputs, split_item
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Container
 
     from torchferry.cli.terminal import Terminal
 
@@ -36,17 +38,16 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run the command."""
     from torchferry.core.files import new_files
     from torchferry.package import load
-    from torchferry.pipeline.inputs import read_inputs
     from torchferry.pipeline.steps import Steps
 
-    output = Path(options.output)
+    output = check_output_file(options.output)
     steps = Steps(terminal)
     with steps.step("load"):
         package = load(options.package)
     names = package.signature.input_names
     with package.open(options.backend) as session:
         if output.suffix != ".npz":
-            picture, others = _one_picture(options.input)
+            picture, others = _one_picture(options.input, package.manifest.preprocess)
             extra = read_inputs(others, names, package.manifest.preprocess).calls()[0] if others else {}
             with steps.step("run"):
                 package.run_picture(session, picture, output, extra)
@@ -62,11 +63,11 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     return 0
 
 
-def _one_picture(items: list[str]) -> tuple[str, list[str]]:
-    """Tell the picture from the other inputs: the item without a name, else the first."""
-    plain = [item for item in items if "=" not in item or Path(item).exists()]
-    if len(plain) > 1:
-        raise ConfigError(f"two pictures without a name: {plain[0]} and {plain[1]}", hint="run them one by one")
-    chosen = plain[0] if plain else items[0]
-    path = chosen if plain else chosen.partition("=")[2]
-    return path, [item for item in items if item is not chosen]
+def _one_picture(items: list[str], declared: Container[str]) -> tuple[str, list[str]]:
+    """Tell the picture from the other inputs: the item without a name, else the one named like a declared picture."""
+    plain = [item for item in items if not split_item(item)[0]]
+    chosen = plain or [item for item in items if split_item(item)[0] in declared]
+    if len(chosen) != 1:
+        given = f"several: {', '.join(chosen)}" if chosen else "none"
+        raise ConfigError(f"expected one picture to run on, got {given}", hint="an --output file.npz takes arrays")
+    return split_item(chosen[0])[1], [item for item in items if item is not chosen[0]]

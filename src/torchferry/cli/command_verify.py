@@ -1,16 +1,18 @@
-"""``torchferry verify``: a package against the PyTorch model that it came from."""
+"""``torchferry verify``: every engine of a package against the PyTorch model that it came from."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchferry.cli.model_flags import add_model_flags, read_config
+from torchferry.cli.outputs import check_output_file
+from torchferry.core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     import argparse
 
     from torchferry.cli.terminal import Terminal
+    from torchferry.core.engine import Engine
 
 
 def add(commands: Any) -> None:
@@ -26,22 +28,36 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run the command."""
     from torchferry.package import load
-    from torchferry.pipeline.deploy import tolerance_of, verify_at
+    from torchferry.pipeline.deploy import join_reports, tolerance_of, verify_at
     from torchferry.pipeline.steps import Steps
 
     package = load(options.package)
+    engines = _chosen(package.engines, options.target)
+    page = check_output_file(options.report) if options.report else None
     config = read_config(options, options.package)
+    if not config.export.input_names:
+        named = config.export.model_copy(update={"input_names": package.signature.input_names})
+        config = config.model_copy(update={"export": named})
     steps = Steps(terminal)
     with steps.step("import torch"):
         from torchferry.pipeline.loading import load_source
     with steps.step("load model and data") as step:
         loaded = load_source(config)
         step.detail = "; ".join(loaded.notes)
-    engine = package.engines[0]
-    report = verify_at(
-        steps, engine, loaded.source, loaded.calls, tolerance_of(config, engine.target), config.verify.sizes
-    )
-    if options.report:
-        report.save(Path(options.report))
+    reports = [
+        verify_at(steps, engine, loaded.source, loaded.calls, tolerance_of(config, engine.target), config.verify.sizes)
+        for engine in engines
+    ]
+    report = join_reports(reports)
+    if page is not None:
+        report.save(page)
     terminal.result(report.to_text(), {"steps": steps.done, "report": report.to_dict()})
     return 0 if report.passed else 1
+
+
+def _chosen(engines: tuple[Engine, ...], backend: str | None) -> tuple[Engine, ...]:
+    chosen = tuple(engine for engine in engines if backend in (None, engine.target.backend))
+    if not chosen:
+        known = [engine.target.backend for engine in engines]
+        raise ConfigError(f"the package has no engine '{backend}'", hint=did_you_mean(str(backend), known))
+    return chosen

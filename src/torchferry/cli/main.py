@@ -40,13 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal = Terminal(as_json=getattr(options, "json", False))
     previous = _stop_on_terminate()
     try:
-        return int(options.run(options, terminal))
-    except TorchferryError as exc:
-        terminal.error(exc)
-        return 2 if isinstance(exc, ConfigError) else 1
-    except KeyboardInterrupt:
-        terminal.error(TorchferryError("interrupted; nothing was written"))
-        return 1
+        return _run(options, terminal)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say nothing at exit either
         return 1
@@ -56,10 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, previous)
 
 
+def _run(options: argparse.Namespace, terminal: Terminal) -> int:
+    """Run the command and word what it raises; anything else is a bug and keeps its traceback."""
+    try:
+        with terminal.own_output():
+            return int(options.run(options, terminal))
+    except BrokenPipeError:
+        raise
+    except TorchferryError as exc:
+        terminal.error(exc)
+        return 2 if isinstance(exc, ConfigError) else 1
+    except KeyboardInterrupt:
+        terminal.error(TorchferryError("interrupted; nothing is half written"))
+        return 1
+    except (OSError, MemoryError) as exc:  # the machine's limits may be met anywhere
+        terminal.error(TorchferryError(str(exc) or "out of memory"))
+        return 1
+
+
 def _stop_on_terminate() -> Any:
     """Let a polite kill end like Ctrl-C, so that half-written folders are cleaned up."""
 
-    def interrupt(signum: int, frame: Any) -> None:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
     try:

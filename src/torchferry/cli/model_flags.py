@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchferry.core.errors import ConfigError
+from torchferry.core.target import DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     import argparse
@@ -34,7 +35,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="INPUT:AXIS=NAME,…",
         help="dynamic dimensions, such as image:0=batch,2=height,3=width; repeatable",
     )
-    graph.add_argument("--target", "--backend", dest="target", metavar="ENGINE", help="default: onnxruntime")
+    graph.add_argument("--target", "--backend", dest="target", metavar="ENGINE", help=f"default: {DEFAULT_BACKEND}")
     graph.add_argument("--precision", help="fp32 (default), fp16, bf16 or int8")
     graph.add_argument("--opset", type=int, help="opset of the ONNX graph")
     parser.add_argument(
@@ -82,7 +83,7 @@ def _from_flags(options: argparse.Namespace, config: dict[str, Any]) -> dict[str
     put("export.output_names", options.output_names and options.output_names.split(","))
     for item in options.dynamic or ():
         name, axes = parse_dynamic(item)
-        put(f"export.dynamic.{name}", axes)
+        put("export.dynamic", {name: axes})  # the name itself may hold a dot
     target = {"backend": options.target, "precision": options.precision, "opset": options.opset}
     target = {key: value for key, value in target.items() if value is not None}
     if target:
@@ -105,6 +106,6 @@ def parse_dynamic(text: str) -> tuple[str, dict[str, str]]:
     """
     name, colon, axes = text.rpartition(":")
     pairs = [part.partition("=") for part in axes.split(",")]
-    if not colon or not name or not all(axis.strip().isdigit() and dim for axis, _, dim in pairs):
+    if not colon or not name or not all(axis.strip().isdecimal() and dim for axis, _, dim in pairs):
         raise ConfigError(f"--dynamic '{text}' must look like image:0=batch,2=height,3=width")
     return name, {axis.strip(): dim.strip() for axis, _, dim in pairs}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from rich.status import Status
 
@@ -28,12 +29,19 @@ class Terminal:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
+        self._out = sys.stdout
         self.shows_progress = sys.stderr.isatty() and not as_json
         self._status: Status | None = None
         if self.shows_progress:
             from rich.console import Console
 
             self._console = Console(stderr=True, highlight=False)
+
+    @contextmanager
+    def own_output(self) -> Iterator[None]:
+        """While inside, what else prints (a model's own code) goes to standard error, so that our JSON stays whole."""
+        with redirect_stdout(sys.stderr) if self.as_json else nullcontext():
+            yield
 
     def started(self, name: str) -> None:
         """Show a step that begins."""
@@ -67,16 +75,20 @@ class Terminal:
     def result(self, text: str, values: dict[str, Any]) -> None:
         """Print the result: the text, or the values as JSON."""
         self.close()
-        print(json.dumps(values, indent=2, default=_json_value) if self.as_json else text)  # noqa: T201
+        self._print(json.dumps(values, indent=2, default=_json_value) if self.as_json else text)
 
     def error(self, exc: TorchferryError) -> None:
         """Print an error, on standard output as JSON where that was asked for."""
         self.close()
         if self.as_json:
             values = {"code": type(exc).__name__, "message": exc.message, "where": exc.where, "hint": exc.hint}
-            print(json.dumps({"error": values}, indent=2))  # noqa: T201
+            self._print(json.dumps({"error": values}, indent=2))
         else:
             print(f"error: {exc}", file=sys.stderr)  # noqa: T201
+
+    def _print(self, text: str) -> None:
+        # Flushed, so that a reader who left is noticed here and not while Python exits.
+        print(text, file=self._out, flush=True)
 
     def close(self) -> None:
         """Take down what is being shown."""

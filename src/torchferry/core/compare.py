@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-_BINS = np.arange(-10, 3)  # decades of the histogram
+HISTOGRAM_DECADES = range(-10, 2)
+"""The decades of ``Comparison.histogram``: ``-10`` stands for errors from 1e-10 to below 1e-9."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Comparison:
         elements: Number of elements.
         tolerance: What was asked.
         reason: Why it failed, with the worst element and both values; empty if it passed.
-        histogram: Number of elements whose absolute error is zero, then below 1e-10, then in each decade from 1e-10
-            to 1e2, then above.
+        histogram: Number of elements whose absolute error is zero, then below 1e-10, then in each of
+            ``HISTOGRAM_DECADES``, then from 1e2 up.
     """
 
     name: str
@@ -82,7 +83,9 @@ class Comparison:
         return f"{self.name} [{self.case}] max abs {self.max_abs:.3g}, mean abs {self.mean_abs:.3g}: {verdict}"
 
 
-def compare(expected: Array, actual: Array, tolerance: Tolerance, *, name: str = "output", case: str = "") -> Comparison:
+def compare(
+    expected: Array, actual: Array, tolerance: Tolerance, *, name: str = "output", case: str = ""
+) -> Comparison:
     """Compare an output with what it should be.
 
     Shapes and dtypes must be equal. Integers and booleans must be equal. NaN must stand where NaN is expected, and an
@@ -116,23 +119,25 @@ def compare(expected: Array, actual: Array, tolerance: Tolerance, *, name: str =
     if actual.size == 0:
         return result(True, "")
 
-    is_complex = np.issubdtype(expected.dtype, np.complexfloating)
-    want, got = (a.astype(np.complex128 if is_complex else np.float64) for a in (expected, actual))
+    is_complex = expected.dtype.kind == "c"
+    want, got = (array.astype(np.complex128 if is_complex else np.float64) for array in (expected, actual))
     finite = np.isfinite(want) & np.isfinite(got)
-    same_special = (np.isnan(want) & np.isnan(got)) | (want == got)
+    same_special = _same(want.real, got.real) & _same(want.imag, got.imag) if is_complex else _same(want, got)
     with np.errstate(invalid="ignore", over="ignore"):
         error = np.where(finite, np.abs(got - want), np.where(same_special, 0.0, np.inf))
-    exact = expected.dtype.kind in "iub"
+    exact = "int" in expected.dtype.name or expected.dtype.kind == "b"
     if exact:
         agree = expected == actual
     else:
-        agree = np.where(finite, error <= tolerance.atol + tolerance.rtol * np.abs(np.where(finite, want, 0)), same_special)
+        allowed = tolerance.atol + tolerance.rtol * np.abs(np.where(finite, want, 0))
+        agree = np.where(finite, error <= allowed, same_special)
     bad = int(agree.size - np.count_nonzero(agree))
     figures: dict[str, Any] = {"mismatched": bad}
     within = error[finite]
     if within.size:
         scale = np.abs(want[finite])
-        relative = within[scale > 0] / scale[scale > 0]
+        with np.errstate(over="ignore"):
+            relative = within[scale > 0] / scale[scale > 0]
         figures |= {
             "max_abs": float(within.max()),
             "mean_abs": float(within.mean()),
@@ -152,11 +157,14 @@ def compare(expected: Array, actual: Array, tolerance: Tolerance, *, name: str =
     return result(bad == 0, reason, **figures)
 
 
+def _same(want: Array, got: Array) -> Array:
+    same: Array = (np.isnan(want) & np.isnan(got)) | (want == got)
+    return same
+
+
 def _histogram(error: Array) -> tuple[int, ...]:
     positive = error[error > 0]
-    decade = np.floor(np.log10(positive))
-    inner = np.histogram(decade, bins=_BINS)[0]
-    below = int(np.count_nonzero(decade < _BINS[0]))
-    above = int(np.count_nonzero(decade > _BINS[-1]))
-    # numpy closes the last bin on both sides, so it already holds decade == _BINS[-1].
-    return (int(error.size - positive.size), below, *(int(n) for n in inner), above)
+    first, last = HISTOGRAM_DECADES.start, HISTOGRAM_DECADES.stop
+    decade = np.clip(np.floor(np.log10(positive)), first - 1, last).astype(np.int64)
+    counts = np.bincount(decade - (first - 1), minlength=last - first + 2)
+    return (int(error.size - positive.size), *(int(n) for n in counts))

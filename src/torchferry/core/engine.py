@@ -7,24 +7,30 @@ here, once.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import json
 import platform
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from torchferry.core.errors import BackendError
+from torchferry.core.errors import BackendError, FormatError, InputError, IntegrityError
+from torchferry.core.files import require_file, write_text
+from torchferry.core.signature import Signature  # noqa: TC001 - pydantic reads the annotations
+from torchferry.core.target import Target  # noqa: TC001 - pydantic reads the annotations
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
-
-    from torchferry.core.signature import Signature
-    from torchferry.core.target import Target
+    from collections.abc import Sequence
 
     Array = np.ndarray[Any, np.dtype[Any]]
+
+
+RECORD_FILE = "engine.json"
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,40 @@ class Engine:
     versions: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
 
+    def save(self) -> None:
+        """Write ``engine.json`` into the folder, so that ``Engine.load`` finds everything again.
+
+        Raises:
+            OutputError: If it cannot be written.
+        """
+        write_text(self.folder / RECORD_FILE, _adapter().dump_json(self, exclude={"folder"}, indent=2).decode())
+
+    @staticmethod
+    def load(folder: str | Path) -> Engine:
+        """Read an engine that ``compile`` wrote.
+
+        Raises:
+            MissingFileError: If there is none.
+            FormatError: If its record cannot be read.
+        """
+        path = require_file(Path(folder) / RECORD_FILE, "engine")
+        try:
+            values = json.loads(path.read_bytes())
+            engine: Engine = _adapter().validate_python({**values, "folder": Path(folder)})
+        except (ValueError, TypeError) as exc:
+            raise FormatError(f"'{path}' is not the record of an engine: {exc}", hint="compile it again") from exc
+        return engine
+
+    def path(self, file: str) -> Path:
+        """Return the path of one of its files.
+
+        Raises:
+            IntegrityError: If the engine does not list the file, or it is not there.
+        """
+        if file not in self.files or not (self.folder / file).is_file():
+            raise IntegrityError(f"the engine in '{self.folder}' has no file '{file}'", hint="compile it again")
+        return self.folder / file
+
     def open(self, **options: Any) -> Session:
         """Load it; use the result as a context manager.
 
@@ -142,6 +182,13 @@ class Engine:
             BackendError: If it cannot load the files.
         """
         return get_backend(self.target.backend).open(self, **options)
+
+
+@functools.cache
+def _adapter() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Engine)
 
 
 class Session(ABC):
@@ -156,7 +203,7 @@ class Session(ABC):
         self.signature = signature
         self._names = signature.input_names
         self._output_names = signature.output_names
-        self._checked: set[tuple[Any, ...]] = set()
+        self._checked: set[Any] = set()
         self._closed = False
 
     @abstractmethod
@@ -177,22 +224,23 @@ class Session(ABC):
             For every output name a numpy array, in the graph's order.
 
         Raises:
-            InputError: If an input is missing, unknown, or of a dtype, rank or size that the model was not exported for.
+            InputError: If an input is missing, unknown, or of a dtype, rank or size that the model does not take.
             BackendError: If the engine fails, or the session is closed.
         """
         if self._closed:
             raise BackendError("the session is closed", hint="open the engine again")
+        if not isinstance(inputs, Mapping):
+            raise InputError(f"inputs must be a dictionary of arrays by name, got {type(inputs).__name__}")
         feeds = dict(inputs)
         try:
-            key = tuple([(feeds[n].shape, feeds[n].dtype) for n in self._names]) if len(feeds) == len(self._names) else None
+            key = (len(feeds), *[(type(a), a.shape, a.dtype) for a in map(feeds.__getitem__, self._names)])
         except (KeyError, AttributeError):
             key = None
-        if key is None or key not in self._checked:
+        if key not in self._checked:
             self.signature.check(feeds)
             if len(self._checked) >= self._KNOWN_SHAPES:
                 self._checked.clear()
-            if key is not None:
-                self._checked.add(key)
+            self._checked.add(key)
         return dict(zip(self._output_names, self._execute(feeds), strict=True))
 
     def close(self) -> None:

@@ -36,6 +36,7 @@ _NODES = (
 )  # fmt: skip
 _MAX_LENGTH = 4000
 _MAX_EXPONENT = 8  # a hostile 9**9**9 would otherwise never end
+_MANY = ("max", "min")  # take two or more values; all others take one
 
 
 class Expression:
@@ -65,7 +66,7 @@ class Expression:
 
         Raises:
             KeyError: If a name has no size.
-            ZeroDivisionError: If the expression divides by zero at these sizes.
+            ArithmeticError, ValueError: If it has no value at these sizes: a division by zero, the root of -1.
         """
         values = {name: sizes[name] for name in self.names}
         return eval(self._code, {"__builtins__": {}}, {**_FUNCTIONS, **values})  # noqa: S307 - parsed and checked
@@ -83,6 +84,7 @@ def _parse(text: str) -> tuple[CodeType, frozenset[str]]:
         raise FormatError(f"expression of {len(text)} characters is longer than {_MAX_LENGTH}")
     try:
         tree = ast.parse(text, mode="eval")
+        code = compile(tree, "<dimension expression>", "eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as exc:
         raise FormatError(f"'{text}' is not an expression") from exc
     names: set[str] = set()
@@ -93,6 +95,8 @@ def _parse(text: str) -> tuple[CodeType, frozenset[str]]:
         if isinstance(node, ast.Call):
             if not isinstance(node.func, ast.Name) or node.func.id not in _FUNCTIONS or node.keywords:
                 raise FormatError(f"'{text}' calls something other than {', '.join(sorted(_FUNCTIONS))}")
+            if len(node.args) < 2 if node.func.id in _MANY else len(node.args) != 1:
+                raise FormatError(f"'{text}' calls {node.func.id} with {len(node.args)} values")
             called.add(id(node.func))
         elif isinstance(node, ast.Constant) and (
             isinstance(node.value, bool) or not isinstance(node.value, int | float)
@@ -102,6 +106,8 @@ def _parse(text: str) -> tuple[CodeType, frozenset[str]]:
             power = node.right
             if not (isinstance(power, ast.Constant) and isinstance(power.value, int) and power.value <= _MAX_EXPONENT):
                 raise FormatError(f"'{text}' raises to a power that is not a whole number up to {_MAX_EXPONENT}")
+            if any(isinstance(inner, ast.Pow) for inner in ast.walk(node.left)):
+                raise FormatError(f"'{text}' raises a power to a power")
         elif isinstance(node, ast.Name) and id(node) not in called:
             names.add(node.id)
-    return compile(tree, "<dimension expression>", "eval"), frozenset(names)
+    return code, frozenset(names)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from torchferry.core.errors import IntegrityError, MissingFileError, OutputError
+from torchferry.core.errors import IntegrityError, MissingFileError, OutputError, TorchferryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +53,11 @@ def inside(folder: Path, relative: str) -> Path:
     """
     pure = PurePosixPath(relative)
     path = folder / pure
-    if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        within = path.resolve().is_relative_to(folder.resolve())
+    except (RuntimeError, ValueError, OSError) as exc:  # links in a circle, a NUL in the name
+        raise IntegrityError(f"path '{relative}' in '{folder}' cannot be read: {exc}") from exc
+    if pure.is_absolute() or ".." in pure.parts or "\\" in relative or not within:
         raise IntegrityError(f"path '{relative}' leaves the folder '{folder}'")
     return path
 
@@ -63,7 +67,7 @@ def output_errors(path: Path) -> Iterator[None]:
     """Turn an ``OSError`` while writing into an ``OutputError`` that says what is wrong with the path."""
     try:
         yield
-    except OutputError:
+    except TorchferryError:
         raise
     except OSError as exc:
         reason = {
@@ -79,19 +83,34 @@ def output_errors(path: Path) -> Iterator[None]:
         ) from exc
 
 
-def check_free(path: Path, *, overwrite: bool) -> None:
+def check_free(path: Path, *, overwrite: bool, marker: str) -> None:
     """Check that an output folder may be written, before any work is done.
 
+    Args:
+        path: The folder.
+        overwrite: Whether it may replace what is there.
+        marker: The file by which a folder that we wrote is known; no other folder is ever replaced.
+
     Raises:
-        OutputError: If something is there and ``overwrite`` is false, if it is not a folder that Torchferry could have
-            written, or if the parent cannot be written.
+        OutputError: If something is there that may not be replaced, or the parent cannot be written.
     """
+    if "\0" in str(path):
+        raise OutputError(f"cannot write {str(path)!r}: a path cannot hold a NUL character")
     path = path.absolute()
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        raise OutputError(f"'{path}' exists", hint="choose another folder, or say overwrite (--overwrite) to replace it")
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"'{path}' is a file, not a folder", hint="choose another folder")
-    parent = next(p for p in path.parents if p.exists())
+    with output_errors(path):
+        if path.exists() and not path.is_dir():
+            raise OutputError(f"'{path}' is a file, not a folder", hint="choose another folder")
+        if path.is_dir() and any(path.iterdir()):
+            if not overwrite:
+                raise OutputError(f"'{path}' exists", hint="choose another folder, or replace it with --overwrite")
+            if not (path / marker).is_file():
+                raise OutputError(
+                    f"'{path}' is not replaced: it holds no '{marker}', so Torchferry did not write it",
+                    hint="choose another folder, or remove this one yourself",
+                )
+        parent = next((p for p in path.parents if p.exists()), None)
+    if parent is None:
+        raise OutputError(f"'{path}' cannot be an output folder", hint="choose another folder")
     if not parent.is_dir():
         raise OutputError(f"cannot write '{path}': '{parent}' is a file")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -99,23 +118,24 @@ def check_free(path: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, *, overwrite: bool = False, marker: str) -> Iterator[Path]:
     """Give a folder to write into that becomes ``path`` at the end, or vanishes if the block raises.
 
     Args:
         path: The final folder. Missing parents are made.
         overwrite: Replace what is there; the old folder goes only once the new one is whole.
+        marker: See ``check_free``.
 
     Raises:
         OutputError: As ``check_free``, and for any ``OSError`` while writing.
     """
+    check_free(path, overwrite=overwrite, marker=marker)
     path = path.absolute()
-    check_free(path, overwrite=overwrite)
     with output_errors(path):
         first_made = next((p for p in reversed(path.parents) if not p.exists()), None)
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
             yield partial
             _swap(partial, path)
@@ -127,17 +147,16 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _swap(partial: Path, path: Path) -> None:
-    if not path.exists():
-        partial.rename(path)
-        return
+    """Put the new folder in the place of the old one; whatever interrupts, one of the two is there whole."""
     old = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
-    path.rename(old)
     try:
+        if path.exists():
+            path.rename(old)
         partial.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_empty(folder: Path, last: Path) -> None:
@@ -145,8 +164,9 @@ def _remove_empty(folder: Path, last: Path) -> None:
     while folder.is_relative_to(last):
         try:
             folder.rmdir()
-        except OSError:
-            return
+        except OSError as exc:
+            if exc.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return  # somebody else has put something there
         folder = folder.parent
 
 

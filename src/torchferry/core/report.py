@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -11,7 +12,7 @@ from torchferry.core.errors import VerificationError
 from torchferry.core.files import write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from pathlib import Path
 
     from torchferry.core.compare import Comparison
@@ -79,16 +80,17 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """True if no finding is an error."""
-        return not any(f.severity == "error" for f in self.findings)
+        """True if no finding is an error and every comparison agrees."""
+        return not any(f.severity == "error" for f in self.findings) and all(c.passed for c in self.comparisons)
 
     def raise_for_failure(self) -> Self:
         """Return the report itself if it passed.
 
         Raises:
-            VerificationError: If a finding is an error; the message holds all of them.
+            VerificationError: If it did not; the message holds every error.
         """
-        errors = [f for f in self.findings if f.severity == "error"]
+        errors: list[object] = [f for f in self.findings if f.severity == "error"]
+        errors = errors or [c for c in self.comparisons if not c.passed]
         if errors:
             count = f"{len(errors)} error" + ("s" if len(errors) > 1 else "")
             raise VerificationError(f"{self.title}: {count}\n" + "\n".join(f"  {f}" for f in errors))
@@ -156,7 +158,7 @@ class Report:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(v) for v in value]

@@ -80,7 +80,7 @@ class Relation:
         """Tell whether these sizes are allowed by this relation."""
         try:
             return bool(Expression(self.expression).evaluate(sizes))
-        except (ZeroDivisionError, OverflowError, ValueError):
+        except (ArithmeticError, ValueError):
             return False  # undefined at these sizes
 
 
@@ -143,9 +143,10 @@ class Signature:
             array = arrays[spec.name]
             if not isinstance(array, np.ndarray):
                 raise InputError(f"input '{spec.name}' must be a numpy array, got {type(array).__name__}")
-            if array.dtype.name != spec.dtype:
+            if array.dtype.name != spec.dtype or not array.dtype.isnative:
+                order = "" if array.dtype.isnative else " in the other byte order"
                 raise InputError(
-                    f"input '{spec.name}' must be {spec.dtype}, got {array.dtype.name}",
+                    f"input '{spec.name}' must be {spec.dtype}, got {array.dtype.name}{order}",
                     hint=f"convert it with array.astype('{spec.dtype}')",
                 )
             if spec.shape is None:
@@ -169,7 +170,12 @@ class Signature:
                 else:
                     derived.append((spec.name, axis, want, got))
         for name, axis, expression, got in derived:
-            want = Expression(expression).evaluate(sizes)
+            try:
+                want = Expression(expression).evaluate(sizes)
+            except (ArithmeticError, ValueError) as exc:
+                raise InputError(
+                    f"axis {axis} of '{name}' must be {expression}, which has no value at {sizes}"
+                ) from exc
             if want != got:
                 raise InputError(f"axis {axis} of '{name}' must be {expression} = {want}, got {got}")
         return sizes

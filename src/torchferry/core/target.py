@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from torchferry.core.errors import ConfigError, did_you_mean
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
+DEFAULT_BACKEND = "onnxruntime"
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
@@ -30,7 +31,7 @@ class Target:
     'onnxruntime-fp32'
     """
 
-    backend: str = "onnxruntime"
+    backend: str = DEFAULT_BACKEND
     precision: Precision = "fp32"
     device: str = "cpu"
     opset: int | None = None

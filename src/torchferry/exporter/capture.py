@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-import warnings
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.fx.experimental._config as symbolic_shapes_config
+from torch.fx.experimental import _config
 
 from torchferry.core.errors import ExportError, FrozenDimensionError, TorchferryError
 from torchferry.core.report import Finding, Report
 from torchferry.core.signature import Signature
-from torchferry.core.target import Target
-from torchferry.exporter import shapes
+from torchferry.exporter import dimensions, guards
 from torchferry.exporter.failures import export_error
-from torchferry.exporter.inputs import Call, InputNames
+from torchferry.exporter.quiet import quiet
 from torchferry.exporter.translations import TRANSLATIONS
 from torchferry.graph import Exported
 from torchferry.graph.provenance import record_provenance
@@ -28,13 +24,15 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
+    from torchferry.core.target import Target
+    from torchferry.exporter.inputs import Call, InputNames
     from torchferry.exporter.source import Source
 
 
 def capture(source: Source, target: Target) -> Exported:
     """Export a module; its parameters are shared with the result, not copied.
 
-    Sizes 0 and 1 of every dynamic dimension stay outside the ranges; ``verification.settle`` runs them and lets them in.
+    Sizes 0 and 1 of every dynamic dimension stay outside the ranges; ``verification.settle`` runs them.
 
     Args:
         source: The module with its example and dynamic dimensions.
@@ -48,23 +46,29 @@ def capture(source: Source, target: Target) -> Exported:
     """
     names = source.names
     tensors = names.tensors(source.call)
-    declared = shapes.declared_dimensions(source.dynamic_shapes, names, tensors)
+    declared = dimensions.declared_dimensions(source.dynamic_shapes, names, tensors)
     with evaluation_mode(source.model) as was_training:
-        program, dimensions = _trace(source, declared)
+        program = _trace(source, declared)
         model = _translate(program, source, target)
+    traced = guards.read_dimensions(program, names, declared)  # only now: the translation may add guards
     _name_values(model, names, source.output_names)
-    shapes.rename_symbols(model, dimensions.symbols)
+    guards.rename_symbols(model, traced.symbols)
     record_provenance(model)
-    findings = list(dimensions.findings)
+    findings = list(traced.findings)
     if was_training:
         findings.append(
-            Finding("training-mode", "warning", "the model was in training mode; exported as in eval()", hint="call model.eval()")
+            Finding(
+                "training-mode",
+                "warning",
+                "the model was in training mode; exported as in eval()",
+                hint="call model.eval()",
+            )
         )
     signature = Signature(
         tuple(tensor_spec(v) for v in model.graph.inputs),
         tuple(tensor_spec(v) for v in model.graph.outputs),
-        dimensions.ranges,
-        dimensions.relations,
+        traced.ranges,
+        traced.relations,
     )
     report = Report(f"export of {type(source.model).__name__}", tuple(findings))
     return Exported(model, signature, target, report)
@@ -72,7 +76,7 @@ def capture(source: Source, target: Target) -> Exported:
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[bool]:
-    """Put a module and everything in it into eval mode, and leave every flag as it was; yield whether any was training."""
+    """Put a module and all in it into eval mode, then leave every flag as it was; yield whether any was training."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -82,50 +86,54 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[bool]:
             module.training = training
 
 
-def _trace(source: Source, declared: shapes.Dynamic) -> tuple[torch.export.ExportedProgram, shapes.Dimensions]:
+def _trace(source: Source, declared: dimensions.Dynamic) -> torch.export.ExportedProgram:
     """Trace until one way works: sizes of 1 doubled and torch oblivious to 0 and 1, then specialised, then as given."""
     names = source.names
     tensors = names.tensors(source.call)
-    grown = shapes.doubled(tensors, declared)
-    as_given = source.call
-    doubled = names.replace(as_given, grown)
-    attempts = [(doubled, True)]
+    prepared = dimensions.traceable(tensors, declared)
+    call = names.replace(source.call, prepared)
+    attempts = [(call, True)]
     if declared:
-        attempts.append((doubled, False))
-    if any(grown[name] is not tensors[name] for name in tensors):
-        attempts.append((as_given, True))
+        attempts.append((call, False))
+    if any(prepared[name] is not tensors[name] for name in tensors):
+        attempts.append((source.call, True))
 
     failure: Exception | None = None
     for call, oblivious in attempts:
         try:
-            program = _torch_export(source.model, call, shapes.torch_dynamic_shapes(call, names, declared), oblivious)
-            return program, shapes.read_dimensions(program, names, declared)
+            program = _torch_export(
+                source.model, call, dimensions.torch_dynamic_shapes(call, names, declared), oblivious
+            )
+            guards.read_dimensions(program, names, declared)  # refuses frozen dimensions
         except (KeyboardInterrupt, MemoryError):
             raise
         except Exception as exc:  # noqa: BLE001 - torch raises anything, the user's forward too
             # A frozen dimension is the more telling answer, whichever attempt found it.
             if failure is None or (isinstance(exc, FrozenDimensionError) and not isinstance(failure, TorchferryError)):
                 failure = exc
+        else:
+            return program
     assert failure is not None
     if isinstance(failure, TorchferryError):
         raise failure
     raise export_error(failure, source) from failure
 
 
-def _torch_export(model: torch.nn.Module, call: Call, dynamic_shapes: Any, oblivious: bool) -> torch.export.ExportedProgram:
+def _torch_export(
+    model: torch.nn.Module, call: Call, dynamic_shapes: Any, oblivious: bool
+) -> torch.export.ExportedProgram:
     with (
-        _quiet(),
-        redirect_stderr(_WithoutPartialGraph(sys.stderr)),  # type: ignore[type-var]
+        quiet(),
         torch.no_grad(),
-        shapes.user_lines(__file__),
-        symbolic_shapes_config.patch(backed_size_oblivious=oblivious),
+        guards.user_lines(__file__),
+        _config.patch(backed_size_oblivious=oblivious),  # type: ignore[attr-defined]
     ):
         return torch.export.export(model, call[0], call[1] or None, dynamic_shapes=dynamic_shapes, strict=False)
 
 
 def _translate(program: torch.export.ExportedProgram, source: Source, target: Target) -> ir.Model:
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,
@@ -136,8 +144,14 @@ def _translate(program: torch.export.ExportedProgram, source: Source, target: Ta
     except (KeyboardInterrupt, MemoryError):
         raise
     except Exception as exc:
-        raise export_error(exc, source) from exc
+        raise export_error(exc, source, program) from exc
     assert onnx_program is not None
+    delivered = onnx_program.model.opset_imports.get("")
+    if target.opset is not None and delivered != target.opset:
+        raise ExportError(
+            f"opset {target.opset} was asked for, torch.onnx delivers {delivered}",
+            hint=f"ask for opset {delivered}, or leave the opset out",
+        )
     return onnx_program.model
 
 
@@ -159,31 +173,3 @@ def _name_values(model: ir.Model, names: InputNames, output_names: tuple[str, ..
                 value.name = f"{value.name}_inner"
     for value, name in wanted.items():
         value.name = name
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's own log lines and its libraries' deprecation warnings from the user's terminal."""
-    with ExitStack() as stack:
-        for name in ("torch.onnx", "torch.export", "torch._export", "torch._guards", "torch.fx"):
-            logger = logging.getLogger(name)
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.CRITICAL)
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        yield
-
-
-class _WithoutPartialGraph:
-    """Standard error without the half-built graph that torch.export prints there when it fails."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        if "def forward(self, arg" in text:
-            return len(text)
-        return int(self._stream.write(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)

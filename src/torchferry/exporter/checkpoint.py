@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
+import warnings
 import zipfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,17 +15,21 @@ from torchferry.core.files import require_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 # Where the usual training frameworks keep the weights inside a checkpoint.
 _NESTED = ("state_dict", "model_state_dict", "model", "params_ema", "params", "net", "module", "weights")
 _SHOWN = 8
+# How torch.load words that a pickle names or calls something besides tensors.
+_NAMES_CODE = re.compile(r"GLOBAL|reduce for unrecognized|add_safe_globals|TorchScript")
+_PLAIN_PICKLE = tuple(bytes([0x80, protocol]) for protocol in (3, 4, 5))  # by pickle.dump; torch.save writes 2
 
 
 def load_checkpoint(model: torch.nn.Module, path: str | Path, *, unsafe: bool = False) -> list[str]:
     """Copy a checkpoint's weights into a module.
 
-    A state dict nested under a usual key is found, and a common prefix of its keys (``module.``, ``generator.``) is
-    stripped when that makes it fit.
+    A state dict nested under a usual key is found, and prefixes of its keys (``module.``, ``generator.``) are stripped
+    when that makes it fit. Other dtypes are converted to the model's.
 
     Args:
         model: Changed in place.
@@ -59,6 +64,11 @@ def load_checkpoint(model: torch.nn.Module, path: str | Path, *, unsafe: bool = 
         model.load_state_dict(weights, strict=True)
     except RuntimeError as exc:
         raise CheckpointError(f"checkpoint '{path}' does not fit the model: {exc}") from exc
+    others = {
+        str(weights[key].dtype).removeprefix("torch.") for key in wanted if weights[key].dtype != wanted[key].dtype
+    }
+    if others:
+        notes.append(f"checkpoint: {', '.join(sorted(others))} weights converted to the model's dtype")
     return notes
 
 
@@ -69,35 +79,59 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as exc:
-        raise CheckpointError(f"'{path}' is not a whole safetensors file: {exc}", hint="save or download it again") from exc
+        raise CheckpointError(
+            f"'{path}' is not a whole safetensors file: {exc}", hint="save or download it again"
+        ) from exc
 
 
 def _read_torch(path: Path, unsafe: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=not unsafe, mmap=zipfile.is_zipfile(path) or None)
-    except pickle.UnpicklingError as exc:
-        if "weights_only" not in str(exc).lower() and "Unsupported" not in str(exc):
-            raise CheckpointError(f"'{path}' is not a whole checkpoint: {exc}") from exc
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle's protocols; what matters comes as an exception
+            return torch.load(path, map_location="cpu", weights_only=not unsafe, mmap=zipfile.is_zipfile(path) or None)
+    except (
+        Exception
+    ) as exc:  # torch's readers raise anything on damaged data, and with `unsafe` the file's own code too
+        if not unsafe and _runs_code(path, exc):
+            named = re.search(r"GLOBAL (\S+)", str(exc))
+            code = f"code in it ({named[1]})" if named else "code in it"
+            raise CheckpointError(
+                f"checkpoint '{path}' is pickled with {code}, which loading would run; refused",
+                hint="save model.state_dict() or safetensors; or, if you trust its author, say --unsafe-checkpoint",
+            ) from exc
+        reason = re.split(r"\.\s|\n", str(exc).strip())[0] if not isinstance(exc, pickle.UnpicklingError) else ""
         raise CheckpointError(
-            f"checkpoint '{path}' is pickled with code in it, which loading would run; refused",
-            hint="save model.state_dict() or safetensors instead; or, if you trust its author, say --unsafe-checkpoint",
+            f"checkpoint '{path}' cannot be read: {type(exc).__name__}" + (f": {reason}" if reason else ""),
+            hint="it is no checkpoint, or damaged; save or download it again",
         ) from exc
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, ImportError) as exc:
-        reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-        raise CheckpointError(f"'{path}' is not a whole checkpoint: {reason}", hint="save or download it again") from exc
+
+
+def _runs_code(path: Path, exc: Exception) -> bool:
+    """Tell a file that wants to run code from one that is merely damaged."""
+    if _NAMES_CODE.search(str(exc)):
+        return True
+    with path.open("rb") as file:
+        return isinstance(exc, pickle.UnpicklingError) and file.read(2) in _PLAIN_PICKLE
 
 
 def _candidates(loaded: Any) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Yield state dicts that the file may mean, the plainest first, each with what was done to get it."""
     for where, weights in _state_dicts(loaded):
-        nested = f"weights found under '{where}'" if where else ""
-        yield nested, weights
-        heads = dict.fromkeys(key.partition(".")[0] for key in weights if "." in key)
-        for head in heads:
-            inner = {key.removeprefix(f"{head}."): value for key, value in weights.items() if key.startswith(f"{head}.")}
-            left = len(weights) - len(inner)
-            said = f"prefix '{head}.' stripped" + (f", {left} other keys left out" if left else "")
-            yield ", ".join(filter(None, [nested, said])), inner
+        yield from _stripped(weights, f"weights found under '{where}'" if where else "", may_leave_out=True)
+
+
+def _stripped(
+    weights: dict[str, torch.Tensor], said: str, *, may_leave_out: bool
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yield the weights, then without their prefixes one after the other; keys of other prefixes are left out once."""
+    yield said, weights
+    for head in dict.fromkeys(key.partition(".")[0] for key in weights if "." in key):
+        inner = {key.removeprefix(f"{head}."): value for key, value in weights.items() if key.startswith(f"{head}.")}
+        left = len(weights) - len(inner)
+        if left and not may_leave_out:
+            continue
+        note = f"prefix '{head}.' stripped" + (f", {left} other keys left out" if left else "")
+        yield from _stripped(inner, f"{said}, {note}" if said else note, may_leave_out=not left and may_leave_out)
 
 
 def _state_dicts(loaded: Any, where: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:

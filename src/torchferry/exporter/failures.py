@@ -9,16 +9,25 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchferry.core.errors import ExportError, ModelError, TorchferryError
+from torchferry.exporter.quiet import quiet
 from torchferry.graph.provenance import is_library, user_line
 
 if TYPE_CHECKING:
     from torchferry.exporter.source import Source
 
 _MAX_LINES = 6
+_NODE = re.compile(r"translating node %(\w+) ")
 
 
-def export_error(exc: Exception, source: Source) -> TorchferryError:
+def export_error(
+    exc: Exception, source: Source, program: torch.export.ExportedProgram | None = None
+) -> TorchferryError:
     """Word a failure of torch.export or torch.onnx.
+
+    Args:
+        exc: What was raised.
+        source: The model and its example.
+        program: The traced program, where tracing worked and translating failed.
 
     Returns:
         A ``ModelError`` if the module fails on its example in plain PyTorch as well, else an ``ExportError``.
@@ -33,7 +42,7 @@ def export_error(exc: Exception, source: Source) -> TorchferryError:
             hint="make model(*inputs) work first",
         )
     root = _root(exc)
-    where = users_frames(root) or users_frames(exc) or user_line(str(exc)) or None
+    where = users_frames(root) or users_frames(exc) or _node_line(exc, program)
     return ExportError(
         f"torch cannot export {type(source.model).__name__}: {_first_lines(str(root) or type(root).__name__)}",
         where=where,
@@ -48,6 +57,18 @@ def users_frames(exc: BaseException) -> str | None:
     for frame in reversed(own):
         return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
     return None
+
+
+def _node_line(exc: BaseException, program: torch.export.ExportedProgram | None) -> str | None:
+    """Return the user's line of the node that torch.onnx says it could not translate."""
+    named = _NODE.search(str(exc))
+    if program is None or named is None:
+        return None
+    # torch.onnx decomposes before it translates, so the node may be one that the traced graph does not have yet.
+    with quiet():
+        nodes = [*program.graph.nodes, *program.run_decompositions().graph.nodes]
+    stacks = [node.meta.get("stack_trace") for node in nodes if node.name == named[1]]
+    return next((line for line in map(user_line, filter(None, stacks)) if line), None)
 
 
 def _root(exc: BaseException) -> BaseException:

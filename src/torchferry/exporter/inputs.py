@@ -72,16 +72,7 @@ class InputNames:
 
     def __init__(self, model: torch.nn.Module, call: Call, chosen: Sequence[str] | None = None) -> None:
         self.parameters = inspect.signature(model.forward)
-        try:
-            self.parameters.bind(*call[0], **call[1])
-        except TypeError as exc:
-            raise InputError(
-                f"the inputs do not fit forward{self.parameters}: {exc}", hint="give one argument for each parameter"
-            ) from exc
-        parameters = _positional_names(self.parameters, len(call[0]))
-        leaves, self._spec = pytree.tree_flatten_with_path(call)
-        self._is_tensor = [isinstance(leaf, torch.Tensor) for _, leaf in leaves]
-        self.parameter_names = [_path_name(path, parameters) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self.parameter_names = [name for name, _ in _named_tensors(self.parameters, call)]
         chosen = list(chosen or ())
         if len(chosen) > len(self.parameter_names):
             raise InputError(
@@ -96,27 +87,38 @@ class InputNames:
         }
 
     def tensors(self, call: Call) -> dict[str, torch.Tensor]:
-        """Return the tensors of a call by name.
+        """Return the tensors of a call by name; it may give by keyword what the example gave by position.
 
         Raises:
-            InputError: If the call's structure differs from the one that gave the names.
+            InputError: If the call gives other tensors than the example that gave the names.
         """
-        leaves, spec = pytree.tree_flatten(call)
-        if spec != self._spec:
+        by_parameter = dict(_named_tensors(self.parameters, call))
+        if by_parameter.keys() != set(self.parameter_names):
             raise InputError(
-                "these inputs are structured differently from the example that the model was exported with",
-                hint=f"the example gave: {', '.join(self.names)}",
+                f"these inputs give {', '.join(by_parameter) or 'no tensors'}; "
+                f"the model was exported with {', '.join(self.parameter_names)}",
             )
-        tensors = [leaf for leaf, wanted in zip(leaves, self._is_tensor, strict=True) if wanted]
-        return dict(zip(self.names, tensors, strict=True))
+        return {name: by_parameter[own] for name, own in zip(self.names, self.parameter_names, strict=True)}
 
     def replace(self, call: Call, tensors: Mapping[str, torch.Tensor]) -> Call:
-        """Return the call with other tensors in the places of its own."""
+        """Return the example's call with other tensors in the places of its own."""
         leaves, spec = pytree.tree_flatten(call)
         fresh = iter([tensors[name] for name in self.names])
-        changed = [next(fresh) if wanted else leaf for leaf, wanted in zip(leaves, self._is_tensor, strict=True)]
+        changed = [next(fresh) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(changed, spec)
         return tuple(args), dict(kwargs)
+
+
+def _named_tensors(parameters: inspect.Signature, call: Call) -> list[tuple[str, torch.Tensor]]:
+    try:
+        parameters.bind(*call[0], **call[1])
+    except TypeError as exc:
+        raise InputError(
+            f"the inputs do not fit forward{parameters}: {exc}", hint="give one argument for each parameter"
+        ) from exc
+    positional = _positional_names(parameters, len(call[0]))
+    leaves, _ = pytree.tree_flatten_with_path(call)
+    return [(_path_name(path, positional), leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def _positional_names(parameters: inspect.Signature, count: int) -> list[str]:

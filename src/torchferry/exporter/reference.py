@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from types import ModuleType
 
+# What a user's code may end with besides Ctrl-C; a script without a guard for __main__ likes to call sys.exit.
+_ENDS = (Exception, SystemExit)
+
 
 def load_model(reference: str, arguments: Mapping[str, Any] | None = None) -> torch.nn.Module:
     """Build a module from a reference. This imports and runs the code that the reference names.
@@ -46,10 +49,10 @@ def load_model(reference: str, arguments: Mapping[str, Any] | None = None) -> to
     if isinstance(factory, torch.nn.Module):
         return factory
     if not callable(factory):
-        raise ModelError(f"'{reference}' is a {type(factory).__name__}, not a function or class that builds a model")
+        raise ModelError(f"'{reference}' is of type {type(factory).__name__}, not a function or class that builds a model")
     try:
         model = factory(**(arguments or {}))
-    except Exception as exc:
+    except _ENDS as exc:
         raise _users_failure(f"the factory '{reference}' raised", exc) from exc
     if not isinstance(model, torch.nn.Module):
         raise ModelError(
@@ -71,7 +74,7 @@ def _import_file(place: str) -> ModuleType:
         sys.path.insert(0, str(path.parent))  # its neighbours can be imported, as when it is run as a script
     try:
         spec.loader.exec_module(module)
-    except Exception as exc:
+    except _ENDS as exc:
         del sys.modules[name]
         raise _users_failure(f"importing '{place}' raised", exc) from exc
     return module
@@ -88,14 +91,21 @@ def _import_module(place: str) -> ModuleType:
                 f"there is no module '{exc.name}'", hint="install it, or run from the folder that holds it"
             ) from exc
         raise _users_failure(f"importing '{place}' raised", exc) from exc
-    except Exception as exc:
+    except _ENDS as exc:
         raise _users_failure(f"importing '{place}' raised", exc) from exc
 
 
-def _users_failure(what: str, exc: Exception) -> TorchferryError:
+def _users_failure(what: str, exc: BaseException) -> TorchferryError:
     """Word the user's own exception with the frames of their traceback that are theirs."""
     if isinstance(exc, TorchferryError):
         return exc
-    frames = [f for f in traceback.extract_tb(exc.__traceback__) if not is_library(f.filename)]
+    machinery = str(Path(importlib.__file__).parent)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(exc.__traceback__)
+        if not is_library(frame.filename) and not frame.filename.startswith(machinery)
+    ]
     lines = "".join(traceback.format_list(frames)).rstrip()
-    return ModelError(f"{what} {type(exc).__name__}: {exc}" + (f"\n{lines}" if lines else ""), hint="make it work in Python first")
+    return ModelError(
+        f"{what} {type(exc).__name__}: {exc}" + (f"\n{lines}" if lines else ""), hint="make it work in Python first"
+    )

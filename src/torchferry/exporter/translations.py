@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from onnxscript import opset18 as op
+from onnxscript import opset18
+
+# Its parameters are typed as tensors; inside a translation they may be Python values.
+op: Any = opset18
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +28,7 @@ def squeeze_dim(self: Any, dim: int) -> Any:
     return squeeze_dims(self, [dim])
 
 
-TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any] | Sequence[Callable[..., Any]]] = {
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.squeeze.dim: squeeze_dim,
     torch.ops.aten.squeeze.dims: squeeze_dims,
 }

@@ -46,7 +46,7 @@ def provenance(node: ir.Node) -> Provenance:
 
 
 def user_line(stack_trace: str) -> str:
-    """Return the innermost line of a formatted stack trace that is not torch's own, else its innermost line.
+    r"""Return the innermost line of a formatted stack trace that is not torch's own, else its innermost line.
 
     >>> user_line('File "/home/me/net.py", line 7, in forward\\n    return x + 1')
     '/home/me/net.py:7 in forward: return x + 1'
@@ -59,7 +59,7 @@ def user_line(stack_trace: str) -> str:
 
 def is_library(file: str) -> bool:
     """Tell whether a source file is torch's, ours, or made up, rather than the user's."""
-    return file.startswith("<") or file.startswith(_library_folders())
+    return file.startswith(("<", *_library_folders()))
 
 
 @functools.cache

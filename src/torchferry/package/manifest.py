@@ -11,9 +11,9 @@ from torchferry.core.compare import Tolerance
 from torchferry.core.errors import ConfigError, FormatError, IntegrityError, MissingFileError, did_you_mean
 from torchferry.core.expressions import Expression
 from torchferry.core.files import inside
-from torchferry.core.signature import Signature  # noqa: TC001 - pydantic reads the annotations
-from torchferry.core.target import Target  # noqa: TC001 - pydantic reads the annotations
-from torchferry.package.pictures import Postprocess, Preprocess  # noqa: TC001 - pydantic reads the annotations
+from torchferry.core.signature import Signature
+from torchferry.core.target import Target
+from torchferry.package.pictures import Postprocess, Preprocess
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -177,10 +177,6 @@ def _check_signature(signature: Signature) -> None:
         unknown = sorted(Expression(text).names - named)
         if unknown:
             raise ValueError(f"signature: '{text}' needs the size '{unknown[0]}', which no axis of an input has")
-    for waived in (text for relation in signature.relations for text in relation.waived):
-        name, _, size = waived.partition("=")
-        if not (name and size.isascii() and size.isdigit()):
-            raise ValueError(f"signature: '{waived}' is not a size such as batch=1")
 
 
 def read_manifest(folder: Path) -> Manifest:

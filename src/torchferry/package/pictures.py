@@ -37,7 +37,7 @@ Side = Annotated[int, Field(ge=1, le=65535)]
 Values = tuple[float, ...]
 
 # Others that Pillow reads may start programs (EPS) or hold no picture of pixels.
-_READ = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+_READ = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 _WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 95}),
@@ -118,8 +118,9 @@ class _Declared(BaseModel):
             )
 
     def __str__(self) -> str:
-        changed = ", ".join(f"{k} {v}" for k, v in self if k in self.model_fields_set - {"channels", "layout"})
-        return f"{self.channels} {self.layout}" + (f" ({changed})" if changed else "")
+        fields = type(self).model_fields
+        shown = [f"{k} {v}" for k, v in self if k not in {"channels", "layout"} and v != fields[k].default]
+        return f"{self.channels} {self.layout}" + (f" ({', '.join(shown)})" if shown else "")
 
 
 class Preprocess(_Declared):

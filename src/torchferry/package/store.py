@@ -226,7 +226,9 @@ def pack(
                 hint="compile both from the same exported graph",
             )
     check_pictures(signature, preprocess or {}, postprocess or {})
-    with new_folder(path, overwrite=overwrite) as partial:
+    for item in engines:
+        _check_engine(item)
+    with new_folder(path, overwrite=overwrite, marker=MANIFEST_FILE) as partial:
         entries = _copy_engines(engines, partial)
         if report is not None:
             report.save(partial / "report.json")
@@ -257,6 +259,13 @@ def pack(
     return Package(path, manifest)
 
 
+def _check_engine(engine: Engine) -> None:
+    if not engine.files:
+        raise ConfigError(f"the engine in '{engine.folder}' lists no files", hint="take the one that compile returned")
+    for file in engine.files:
+        require_file(inside(engine.folder, file), f"file of the engine {engine.target}")
+
+
 def _copy_engines(engines: Iterable[Engine], folder: Path) -> tuple[EngineEntry, ...]:
     entries: list[EngineEntry] = []
     for engine in engines:
@@ -264,15 +273,10 @@ def _copy_engines(engines: Iterable[Engine], folder: Path) -> tuple[EngineEntry,
         same = sum(str(entry.target) == name for entry in entries)
         if same:  # on another device, or at another opset
             name += f"-{same + 1}"
-        if not engine.files:
-            raise ConfigError(
-                f"the engine in '{engine.folder}' lists no files", hint="take the one that compile returned"
-            )
         for file in engine.files:
-            source = require_file(inside(engine.folder, file), f"file of the engine {name}")
             copy = folder / "engines" / name / file
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, copy)
+            shutil.copyfile(engine.folder / file, copy)
         versions = dict(engine.versions)
         entries.append(
             EngineEntry(id=name, path=f"engines/{name}", target=engine.target, versions=versions, files=engine.files)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping  # noqa: TC003 - pydantic reads the annotations
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,10 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from torchferry.core.errors import ConfigError, did_you_mean
 from torchferry.core.files import require_file
-from torchferry.core.target import Precision  # noqa: TC001 - pydantic reads the annotations
+from torchferry.core.target import DEFAULT_BACKEND, Precision  # pydantic reads the annotations
 from torchferry.package import Postprocess, Preprocess
-
-_MAX_DEPTH = 16  # of bases; deeper is a circle
+from torchferry.pipeline.inputs import are_numbers
 
 
 class _Section(BaseModel):
@@ -41,7 +40,7 @@ class ModelSection(_Section):
 class TargetSection(_Section):
     """Where it goes; see ``core.target.Target``."""
 
-    backend: str = "onnxruntime"
+    backend: str = DEFAULT_BACKEND
     precision: Precision = "fp32"
     device: str = "cpu"
     opset: int | None = None
@@ -110,13 +109,15 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         MissingFileError: If the file or a base does not exist.
         ConfigError: If one is not TOML, or the bases run in a circle.
     """
-    return _read(Path(path), 0)
+    return _read(Path(path), ())
 
 
-def _read(path: Path, depth: int) -> dict[str, Any]:
+def _read(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    """Read a file for those whose base it is, the outermost first."""
     require_file(path, "config")
-    if depth > _MAX_DEPTH:
-        raise ConfigError(f"the bases of '{path}' run in a circle")
+    chain = (*readers, Path(os.path.normpath(path.absolute())))
+    if chain[-1] in readers:
+        raise ConfigError("bases run in a circle: " + " -> ".join(f"'{step}'" for step in chain))
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
@@ -128,7 +129,7 @@ def _read(path: Path, depth: int) -> dict[str, Any]:
         raise ConfigError(f"'base' in '{path}' must be a list of paths, got {bases!r}")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = merge(merged, _read(path.parent / base, depth + 1))
+        merged = merge(merged, _read(path.parent / base, chain))
     return merge(merged, _anchored(values, path.parent))
 
 
@@ -165,16 +166,7 @@ def _anchored_input(item: Any, folder: Path) -> Any:
     if not isinstance(item, str):
         return item
     name, equals, value = item.rpartition("=")
-    is_path = Path(value).suffix.lower() not in ("",) and not _is_numbers(value)
-    return f"{name}{equals}{os.path.normpath(folder / value)}" if is_path else item
-
-
-def _is_numbers(text: str) -> bool:
-    try:
-        [float(part) for part in text.partition(":")[0].split(",")]
-    except ValueError:
-        return False
-    return True
+    return item if are_numbers(value) else f"{name}{equals}{os.path.normpath(folder / value)}"
 
 
 def validate(values: Mapping[str, Any], origin: str) -> DeployConfig:
@@ -224,5 +216,3 @@ def toml_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
-
-

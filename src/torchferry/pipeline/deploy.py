@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from torchferry import backends
 from torchferry.core.compare import TOLERANCES, Tolerance
-from torchferry.core.errors import TorchferryError, VerificationError
-from torchferry.core.files import check_free
+from torchferry.core.errors import ConfigError, OutputError, TorchferryError, VerificationError
+from torchferry.core.files import check_free, output_errors
 from torchferry.core.report import Report
 from torchferry.core.target import Target
-from torchferry.package import Package, Postprocess, Preprocess, pack
+from torchferry.package import MANIFEST_FILE, Package, Postprocess, Preprocess, pack
 from torchferry.pipeline.steps import Steps
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
 
     from torchferry.core.engine import Engine
@@ -72,7 +72,7 @@ def deploy(
         targets,
         Path(out),
         data=data,
-        tolerance=tolerance,
+        tolerance=lambda _: tolerance,
         sizes=sizes,
         preprocess=preprocess,
         postprocess=postprocess,
@@ -88,7 +88,7 @@ def _walk(
     out: Path,
     *,
     data: Any,
-    tolerance: Tolerance | None,
+    tolerance: Callable[[Target], Tolerance | None],
     sizes: Mapping[str, Sequence[int]] | None,
     preprocess: Mapping[str, Preprocess] | None,
     postprocess: Mapping[str, Postprocess] | None,
@@ -98,13 +98,13 @@ def _walk(
 ) -> tuple[Package, Report]:
     from torchferry.pipeline.export import export
 
-    check_free(out, overwrite=overwrite)
-    for target in targets:
-        backends.check_target(target)
+    check_free(out, overwrite=overwrite, marker=MANIFEST_FILE)
+    check_targets(targets)
     with steps.step("export") as step:
         exported = export(source, target=targets[0])
         step.detail = str(exported)
-    exported.report.raise_for_failure()
+    if not exported.report.passed:
+        raise _refusal(exported.report, out)
 
     with tempfile.TemporaryDirectory(prefix="torchferry-") as scratch:
         engines: list[Engine] = []
@@ -115,7 +115,7 @@ def _walk(
                 size = sum((engine.folder / file).stat().st_size for file in engine.files)
                 step.detail = f"{size / 2**20:.2f} MiB"
             engines.append(engine)
-            reports.append(verify_at(steps, engine, source, data, tolerance, sizes))
+            reports.append(verify_at(steps, engine, source, data, tolerance(target), sizes))
         report = _whole_report(exported, reports, steps)
         if not report.passed:
             raise _refusal(report, out)
@@ -134,6 +134,24 @@ def _walk(
             )
             step.detail = str(out)
     return package, report
+
+
+def check_targets(targets: Sequence[Target]) -> None:
+    """Check, before any work, that a package can be made for these targets.
+
+    Raises:
+        ConfigError: If there are none, two are alike, or they ask for different opsets.
+        BackendError: As ``backends.check_target``.
+    """
+    if not targets:
+        raise ConfigError("there is no target to deploy to")
+    for target in targets:
+        backends.check_target(target)
+    names = [str(target) for target in targets]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two targets are alike: {', '.join(names)}")
+    if len({target.opset for target in targets}) > 1:
+        raise ConfigError("all targets are compiled from one graph, so they must ask for the same opset")
 
 
 def verify_at(
@@ -156,11 +174,14 @@ def verify_at(
     return report
 
 
+def join_reports(reports: Sequence[Report]) -> Report:
+    """Join the verifications of several engines into one; every comparison and finding says which it is about."""
+    return functools.reduce(Report.joined, reports if len(reports) == 1 else [_labelled(report) for report in reports])
+
+
 def _whole_report(exported: Exported, reports: list[Report], steps: Steps) -> Report:
     """Join what export and every verification found into the page that the package carries."""
-    if len(reports) > 1:
-        reports = [_labelled(report) for report in reports]
-    joined = functools.reduce(Report.joined, reports).with_findings(exported.report.findings)
+    joined = join_reports(reports).with_findings(exported.report.findings)
     timed = {step.name: str(step) for step in steps.done}
     return joined.with_facts("graph", {"graph": str(exported), **exported.statistics()}).with_facts("steps", timed)
 
@@ -176,22 +197,31 @@ def _picture_outputs(exported: Exported) -> dict[str, Postprocess]:
 
 
 def _labelled(report: Report) -> Report:
-    """Say in every comparison which engine it is about."""
     target = report.title.rpartition(" on ")[2]
     return dataclasses.replace(
-        report, comparisons=tuple(dataclasses.replace(c, name=f"{c.name} on {target}") for c in report.comparisons)
+        report,
+        comparisons=tuple(dataclasses.replace(c, name=f"{c.name} on {target}") for c in report.comparisons),
+        findings=tuple(dataclasses.replace(f, where=f"{f.where}, on {target}") for f in report.findings),
     )
 
 
 def _refusal(report: Report, out: Path) -> TorchferryError:
+    """Write the report beside where the package would have been, and word its errors."""
+    out = out.absolute()
     page = out.with_name(f"{out.name}.report.html")
-    report.save(page)
+    hint = f"nothing was packed; read '{page}'"
+    try:
+        with output_errors(page):
+            page.parent.mkdir(parents=True, exist_ok=True)
+        report.save(page)
+    except OutputError as exc:  # must not hide what is wrong with the model
+        hint = f"nothing was packed, and the report could not be written: {exc.message}"
     errors = [f for f in report.findings if f.severity == "error"]
     return VerificationError(
         f"the model did not arrive intact: {errors[0].message}"
         + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""),
         where=errors[0].where,
-        hint=f"nothing was packed; read '{page}'",
+        hint=hint,
     )
 
 
@@ -225,9 +255,8 @@ def deploy_config(
     """
     steps = steps or Steps()
     targets = [Target(**target.model_dump()) for target in config.targets]
-    check_free(config.out, overwrite=overwrite)
-    for target in targets:
-        backends.check_target(target)
+    check_free(config.out, overwrite=overwrite, marker=MANIFEST_FILE)
+    check_targets(targets)
     with steps.step("import torch"):
         from torchferry.pipeline.loading import load_source
     with steps.step("load model and data") as step:
@@ -238,7 +267,7 @@ def deploy_config(
         targets,
         config.out,
         data=loaded.calls,
-        tolerance=tolerance_of(config, targets[0]),
+        tolerance=functools.partial(tolerance_of, config),
         sizes=config.verify.sizes,
         preprocess=loaded.preprocess,
         postprocess=config.postprocess or None,

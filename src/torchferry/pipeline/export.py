@@ -10,7 +10,6 @@ from torchferry.core.target import Target
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torchferry.exporter import Source
     from torchferry.graph import Exported
 
 
@@ -54,5 +53,12 @@ def export(
             raise ConfigError("a Source holds its own inputs, names and dynamic_shapes; give them there")
         source = model
     else:
-        source = Source(model, () if args is None else args, dict(kwargs or {}), dynamic_shapes, tuple(input_names), tuple(output_names))
+        source = Source(
+            model,
+            () if args is None else args,
+            dict(kwargs or {}),
+            dynamic_shapes,
+            tuple(input_names),
+            tuple(output_names),
+        )
     return settle(capture(source, target or Target()), source)

@@ -63,7 +63,9 @@ def verify(
         tuple(runner.comparisons),
         pictures=tuple(runner.pictures),
     )
-    dims = {dim: f"{allowed} (data: {_own_sizes(engine, data[0])[dim]})" for dim, allowed in engine.signature.dims.items()}
+    dims = {
+        dim: f"{allowed} (data: {_own_sizes(engine, data[0])[dim]})" for dim, allowed in engine.signature.dims.items()
+    }
     report = report.with_facts("tolerance", {"every output": tolerance})
     if dims:
         report = report.with_facts("dynamic dimensions", dims)
@@ -129,7 +131,9 @@ class _Runner:
 
     def _compare(self, label: str, feeds: dict[str, Array], expected: list[Array], actual: dict[str, Array]) -> None:
         if len(expected) != len(actual):
-            self._find("output-count", "error", f"PyTorch gives {len(expected)} outputs, the engine {len(actual)}", label)
+            self._find(
+                "output-count", "error", f"PyTorch gives {len(expected)} outputs, the engine {len(actual)}", label
+            )
             return
         for (name, got), want in zip(actual.items(), expected, strict=True):
             comparison = compare(want, got, self.tolerance, name=name, case=label)
@@ -140,5 +144,5 @@ class _Runner:
             self.pictures += picture_rows(label, feeds, dict(zip(actual, expected, strict=True)), actual)
 
     def _find(self, code: str, severity: Any, message: str, label: str) -> None:
-        hints = {"output-differs": "if the difference is expected, give a tolerance; else look for the first operator that differs"}
+        hints = {"output-differs": "if this much is expected, give a tolerance; else look for the operator at fault"}
         self.findings.append(Finding(code, severity, message, where=label, hint=hints.get(code)))

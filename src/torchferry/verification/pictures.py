@@ -36,8 +36,9 @@ def picture_rows(
         got = actual[name]
         if not (_is_picture(want) and want.shape == got.shape):
             continue
-        difference = np.abs(got.astype(np.float64) - want.astype(np.float64))
-        peak = float(np.nanmax(difference)) if np.isfinite(difference).any() else 0.0
+        with np.errstate(invalid="ignore"):
+            difference = np.abs(got.astype(np.float64) - want.astype(np.float64))
+        peak = float(difference[np.isfinite(difference)].max(initial=0.0))
         images = [("input", shown)] if shown is not None else []
         images += [("PyTorch", _picture(want)), ("engine", _picture(got))]
         images.append((f"difference, white = {peak:.2g}", _picture(difference / peak if peak else difference)))

@@ -19,17 +19,17 @@ from torchferry.core.compare import TOLERANCES, compare
 from torchferry.core.errors import BackendError, InputError
 from torchferry.core.expressions import Expression
 from torchferry.core.report import Finding
-from torchferry.core.signature import DimRange, Relation, Signature
 from torchferry.core.target import Target
 from torchferry.exporter.capture import evaluation_mode
 from torchferry.exporter.inputs import flatten_outputs, to_numpy
-from torchferry.graph import Exported
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torchferry.core.engine import Session
+    from torchferry.core.signature import DimRange, Relation, Signature
     from torchferry.exporter.source import Source
+    from torchferry.graph import Exported
 
 _DIFFERS_HINT = "the exporter translated something wrongly; take the suspect operation out and export again"
 _SPECIAL = (0, 1)
@@ -78,9 +78,7 @@ def _trial_target(target: Target) -> Target | None:
     return None
 
 
-def _settle_with(
-    session: Session, exported: Exported, source: Source, open_sizes: Mapping[str, list[int]]
-) -> Exported:
+def _settle_with(session: Session, exported: Exported, source: Source, open_sizes: Mapping[str, list[int]]) -> Exported:
     signature = exported.signature
     example = source.names.tensors(source.call)
     own = signature.sizes_of({name: to_numpy(tensor) for name, tensor in example.items()})
@@ -125,9 +123,7 @@ def _with_verdicts(allowed: DimRange, verdicts: Mapping[int, str]) -> DimRange:
     return dataclasses.replace(allowed, min=min([allowed.min, *right]), excluded=excluded)
 
 
-def _allowed_sizes(
-    wanted: dict[str, int], dim: str, relations: tuple[Relation, ...]
-) -> dict[str, int] | None:
+def _allowed_sizes(wanted: dict[str, int], dim: str, relations: tuple[Relation, ...]) -> dict[str, int] | None:
     """Return the sizes, with others than ``dim`` changed if the relations ask for it; None if none fit."""
     if all(relation.holds(wanted) for relation in relations):
         return wanted
@@ -141,7 +137,11 @@ def _allowed_sizes(
 
 
 def _differs(
-    session: Session, source: Source, example: Mapping[str, torch.Tensor], signature: Signature, sizes: Mapping[str, int]
+    session: Session,
+    source: Source,
+    example: Mapping[str, torch.Tensor],
+    signature: Signature,
+    sizes: Mapping[str, int],
 ) -> str:
     """Run PyTorch and the graph at these sizes; return how they differ, empty if they do not."""
     tensors = resized(example, signature, sizes)

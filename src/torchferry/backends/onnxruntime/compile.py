@@ -48,7 +48,9 @@ class OnnxRuntime:
         options.optimized_model_filepath = str(folder / MODEL_FILE)
         external = source.with_name(f"{source.name}.data")
         if external.exists():
-            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{MODEL_FILE}.data")
+            options.add_session_config_entry(
+                "session.optimized_model_external_initializers_file_name", f"{MODEL_FILE}.data"
+            )
         with translated("compile the graph"):
             ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
         source.unlink()

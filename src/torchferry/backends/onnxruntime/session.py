@@ -48,14 +48,18 @@ def translated(doing: str) -> Iterator[None]:
         yield
     except BackendError:
         raise
-    except Exception as exc:  # noqa: BLE001 - its exceptions share no base class
+    except Exception as exc:
         raise BackendError(f"ONNX Runtime cannot {doing}: {_shortened(str(exc)) or type(exc).__name__}") from exc
 
 
 def _shortened(message: str) -> str:
     """Keep the operator, the node and the reason; leave out status codes and places in ONNX Runtime's own source."""
     message = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", message.strip())
-    message = re.sub(r"Non-zero status code returned while running (\w+) node. Name:'([^']*)' Status Message:", r"\1 node '\2':", message)
+    message = re.sub(
+        r"Non-zero status code returned while running (\w+) node. Name:'([^']*)' Status Message:",
+        r"\1 node '\2':",
+        message,
+    )
     return re.sub(r"\S*/onnxruntime_src/\S+ ", "", message).split("\n", 1)[0].strip()
 
 
@@ -73,7 +77,7 @@ class OnnxRuntimeSession(Session):
         options = session_options(threads, spinning)
         import onnxruntime as ort
 
-        path = str(engine.folder / MODEL_FILE)
+        path = str(engine.path(MODEL_FILE))
         with translated(f"load '{path}'"):
             self._session: Any = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 

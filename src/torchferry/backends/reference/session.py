@@ -32,10 +32,11 @@ class ReferenceSession(Session):
             raise MissingBackendError(
                 "the engine 'reference' is not installed", hint="pip install 'torchferry[reference]'"
             ) from exc
+        path = engine.path(MODEL_FILE)
         try:
-            self._evaluator: Any = ReferenceEvaluator(str(engine.folder / MODEL_FILE))
+            self._evaluator: Any = ReferenceEvaluator(str(path))
         except Exception as exc:
-            raise BackendError(f"onnx's evaluator cannot load '{engine.folder / MODEL_FILE}': {exc}") from exc
+            raise BackendError(f"onnx's evaluator cannot load '{path}': {exc}") from exc
 
     def _execute(self, feeds: dict[str, Array]) -> Sequence[Array]:
         try:

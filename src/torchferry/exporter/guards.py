@@ -1,4 +1,4 @@
-"""Dynamic dimensions: what the user declared, what torch.export made of it, and what the graph may be trusted with.
+"""What torch.export made of the declared dimensions, and for which sizes the graph may be trusted.
 
 torch.export traces with one example. Where the model looks at a size, it follows one branch and writes down a guard;
 the ONNX file forgets it. Here the guards are read back: a dimension that became constant is refused with the line that
@@ -23,7 +23,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
-from torchferry.core.errors import ConfigError, FormatError, FrozenDimensionError, did_you_mean
+from torchferry.core.errors import FormatError, FrozenDimensionError
 from torchferry.core.expressions import Expression
 from torchferry.core.report import Finding
 from torchferry.core.signature import DimRange, Relation
@@ -33,129 +33,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import FrameType
 
-    from torchferry.exporter.inputs import Call, InputNames
+    from torchferry.exporter.dimensions import Declared, Dynamic
+    from torchferry.exporter.inputs import InputNames
 
-_SPECIAL = (0, 1)  # torch treats these sizes as special cases; verify.sizes settles them by running
-
-
-@dataclass(frozen=True)
-class Declared:
-    """One axis that the user wants dynamic.
-
-    Attributes:
-        name: The dimension's name.
-        min: Lower bound that the user gave, if any.
-        max: Upper bound that the user gave, if any.
-    """
-
-    name: str
-    min: int | None = None
-    max: int | None = None
-
-
-Dynamic = dict[str, dict[int, Declared]]  # by input name, then axis
-
-
-def declared_dimensions(dynamic_shapes: Any, names: InputNames, tensors: Mapping[str, torch.Tensor]) -> Dynamic:
-    """Read the user's ``dynamic_shapes``.
-
-    Args:
-        dynamic_shapes: By input name (the chosen one or the parameter's), or a sequence in the inputs' order. A value is
-            ``{axis: dim}`` or one entry an axis; a dim is a name, a ``torch.export.Dim``, ``Dim.AUTO``,
-            ``Dim.DYNAMIC``, or None for a fixed size.
-        names: The inputs' names.
-        tensors: The example.
-
-    Raises:
-        ConfigError: If an input, an axis or a name does not exist or cannot be used, or one name has two sizes.
-    """
-    if dynamic_shapes is None:
-        return {}
-    if not isinstance(dynamic_shapes, dict):
-        dynamic_shapes = dict(zip(names.names, dynamic_shapes, strict=False))
-    alias = dict(zip(names.parameter_names, names.names, strict=True))
-    declared: Dynamic = {}
-    sizes: dict[str, tuple[int, str]] = {}
-    for key, axes in dynamic_shapes.items():
-        name = alias.get(key, key) if key not in names.names else key
-        if name not in names.names:
-            raise ConfigError(f"dynamic_shapes names an unknown input '{key}'", hint=did_you_mean(key, names.names))
-        shape = tensors[name].shape
-        for axis, dim in _axes(axes, len(shape), name).items():
-            if (entry := _declared(dim, name, axis)) is None:
-                continue
-            size = shape[axis]
-            known, place = sizes.setdefault(entry.name, (size, f"axis {axis} of '{name}'"))
-            if known != size:
-                raise ConfigError(
-                    f"'{entry.name}' is {known} at {place} but {size} at axis {axis} of '{name}' in the example",
-                    hint="give the two axes different names, or an example in which they agree",
-                )
-            declared.setdefault(name, {})[axis] = entry
-    return declared
-
-
-def _axes(axes: Any, rank: int, name: str) -> dict[int, Any]:
-    if axes is None:
-        return {}
-    if isinstance(axes, list | tuple):
-        if len(axes) != rank:
-            raise ConfigError(f"'{name}' has {rank} dimensions, dynamic_shapes gives {len(axes)}")
-        axes = dict(enumerate(axes))
-    if not isinstance(axes, dict):
-        raise ConfigError(f"dynamic_shapes of '{name}' must be {{axis: name}}, got {axes!r}")
-    for axis in axes:
-        if not isinstance(axis, int) or not -rank <= axis < rank:
-            raise ConfigError(f"dynamic_shapes: '{name}' has {rank} dimensions, no axis {axis!r}")
-    return {axis % rank: dim for axis, dim in axes.items()}
-
-
-def _declared(dim: Any, name: str, axis: int) -> Declared | None:
-    from torch.export import Dim
-
-    if dim is None or dim is Dim.STATIC or isinstance(dim, int):
-        return None
-    if dim is Dim.AUTO or dim is Dim.DYNAMIC:
-        return Declared(re.sub(r"\W", "_", f"{name}_dim_{axis}"))
-    if isinstance(dim, Dim):
-        upper = dim.max if isinstance(dim.max, int) and dim.max < sys.maxsize - 1 else None
-        return Declared(dim.__name__, min=dim.min or None, max=upper)
-    if isinstance(dim, str):
-        if not dim.isidentifier():
-            raise ConfigError(f"'{dim}' cannot name a dimension", hint="use letters, digits and _, such as 'batch'")
-        return Declared(dim)
-    raise ConfigError(f"dynamic_shapes: {dim!r} is neither a name nor a torch.export.Dim")
-
-
-def torch_dynamic_shapes(call: Call, names: InputNames, declared: Dynamic) -> Any:
-    """Return the ``dynamic_shapes`` for torch.export: ``Dim.AUTO`` wherever the user wants a dynamic size.
-
-    A named ``Dim`` would make torch raise where the model bounds it; ``AUTO`` lets it through, and we read the bounds.
-    """
-    from torch.export import Dim
-    from torch.utils import _pytree as pytree
-
-    by_id = {id(t): name for name, t in names.tensors(call).items()}
-
-    def axes(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return None
-        return dict.fromkeys(declared.get(by_id[id(leaf)], {}), Dim.AUTO)
-
-    args, kwargs = pytree.tree_map(axes, call)
-    return dict(names.parameters.bind(*args, **kwargs).arguments)
-
-
-def doubled(tensors: Mapping[str, torch.Tensor], declared: Dynamic) -> dict[str, torch.Tensor]:
-    """Return the example with every dynamic axis of size 1 repeated once, since torch treats size 1 as special."""
-
-    def grow(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        for axis in declared.get(name, {}):
-            if tensor.shape[axis] == 1:
-                tensor = torch.cat([tensor, tensor], dim=axis)
-        return tensor
-
-    return {name: grow(name, tensor) for name, tensor in tensors.items()}
+_SPECIAL = (0, 1)  # torch treats these sizes as special cases; verification.settle runs them
 
 
 @contextmanager
@@ -341,7 +222,7 @@ def _range(dim: str, symbol: Any, env: ShapeEnv, want: Declared) -> tuple[DimRan
             Finding(
                 "dimension-bounded",
                 "warning",
-                f"the graph is right for {dim} in {lower}..{'' if upper is None else upper} only: the model looks at this size",
+                f"the graph is right for {dim} in {DimRange(lower, upper)} only: the model looks at this size",
                 where=where,
                 hint="other sizes are refused at run time; export with an example on the other side if you need them",
             )
@@ -377,7 +258,9 @@ def _relations(env: ShapeEnv, symbols: Mapping[str, str]) -> tuple[tuple[Relatio
             Expression(text)
         except FormatError:
             findings.append(
-                Finding("condition-not-kept", "warning", f"cannot enforce the condition {text}", where=_line(guard.sloc))
+                Finding(
+                    "condition-not-kept", "warning", f"cannot enforce the condition {text}", where=_line(guard.sloc)
+                )
             )
             continue
         relations.setdefault(text, Relation(text, where=_line(guard.sloc)))
@@ -386,10 +269,10 @@ def _relations(env: ShapeEnv, symbols: Mapping[str, str]) -> tuple[tuple[Relatio
 
 def _is_plain_bound(expr: Any) -> bool:
     """Tell whether the condition compares one symbol with one number, which the range holds already."""
-    sides = (expr.args[0], expr.args[1]) if len(expr.args) == 2 else ()
-    return expr.is_Relational and expr.rel_op in ("<", "<=", ">", ">=") and (
-        (sides[0].is_Symbol and sides[1].is_Integer) or (sides[1].is_Symbol and sides[0].is_Integer)
-    )
+    if not expr.is_Relational or expr.rel_op not in ("<", "<=", ">", ">="):
+        return False
+    left, right = expr.args
+    return bool((left.is_Symbol and right.is_Integer) or (right.is_Symbol and left.is_Integer))
 
 
 def _holds_from_two_up(expr: Any) -> bool:
@@ -428,7 +311,14 @@ def _renamed(text: str | None, symbols: Mapping[str, str]) -> str | None:
 
 def _printable(text: str) -> str:
     """Turn sympy's own function names, which torch writes into shapes, into those of ``Expression``."""
-    for theirs, ours in (("TruncToInt", "trunc"), ("ToFloat", "float"), ("CeilToInt", "ceil"), ("FloorToInt", "floor"),
-                         ("RoundToInt", "round"), ("Max", "max"), ("Min", "min")):
+    for theirs, ours in (
+        ("TruncToInt", "trunc"),
+        ("ToFloat", "float"),
+        ("CeilToInt", "ceil"),
+        ("FloorToInt", "floor"),
+        ("RoundToInt", "round"),
+        ("Max", "max"),
+        ("Min", "min"),
+    ):
         text = re.sub(rf"\b{theirs}\b", ours, text)
     return text
