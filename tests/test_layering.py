@@ -30,7 +30,7 @@ TORCH = {"rewrite", "exporter", "precision", "verification", "codebases", "pipel
 HEAVY = {
     "torch": TORCH,
     "onnx": {"graph", "backends", "exporter", "pipeline", "testing"},
-    "onnx_ir": {"graph", "exporter", "partition", "precision", "verification", "pipeline", "testing"},
+    "onnx_ir": {"graph", "backends", "exporter", "partition", "precision", "verification", "pipeline", "testing"},
     "onnxscript": {"exporter", "rewrite"},
     "safetensors": {"exporter"},
     "onnxruntime": {"backends"},

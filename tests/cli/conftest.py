@@ -84,6 +84,7 @@ def place(tmp_path, scratch, monkeypatch):
     _write(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     yield tmp_path
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
@@ -127,6 +128,13 @@ def tree():
         }
 
     return digest
+
+
+@pytest.fixture
+def left_in():
+    """A function that lists what we left in a folder for temporary files."""
+    # ONNX Runtime keeps a file of its own there.
+    return lambda folder: [path.name for path in folder.iterdir() if path.name != ".ses"]
 
 
 def _quietly(*arguments):

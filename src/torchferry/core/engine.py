@@ -71,6 +71,11 @@ class Graph(Protocol):
         """Names, dtypes, shapes and valid sizes."""
         ...
 
+    @property
+    def model(self) -> Any:
+        """The graph itself, an ``onnx_ir.Model``."""
+        ...
+
     def save(self, path: Path) -> None:
         """Write the ONNX file, with external data beside it where it is large."""
         ...
@@ -91,6 +96,18 @@ class Backend(Protocol):
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> None:
         """Write everything that ``open`` needs into an empty folder.
+
+        Raises:
+            BackendError: If the engine refuses the graph.
+        """
+        ...
+
+    def trial(self, graph: Graph, folder: Path) -> Session:
+        """Load a graph as it is, to run it a few times; weights are shared with it where the engine can do that.
+
+        Args:
+            graph: The graph.
+            folder: An empty folder that lives as long as the session.
 
         Raises:
             BackendError: If the engine refuses the graph.

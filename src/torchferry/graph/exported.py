@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torchferry.core.target import Target
 
 SIGNATURE_KEY = "torchferry.signature"
-# A protobuf message ends at 2 GiB; the margin is for everything that is not a weight.
-EXTERNAL_DATA_BYTES = 3 << 29
+# A protobuf message ends at 2 GiB, and writing one takes four times its size in memory, which external data does not.
+EXTERNAL_DATA_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Exported:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the ONNX file whole or not at all; above 1.5 GiB of weights as ``path`` and ``path.data``.
+        """Write the ONNX file whole or not at all; above 256 MiB of weights as ``path`` and ``path.data``.
 
         Args:
             path: The ``.onnx`` file; replaced if it exists.

@@ -131,11 +131,9 @@ def _read_numpy(path: Path) -> Array | dict[str, Array]:
     """Read what numpy.save or numpy.savez wrote; nothing in the file is run."""
     require_file(path, "input")
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            return dict(loaded)
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
     except Exception as exc:  # numpy's and zipfile's readers raise anything on damaged data
         raise FormatError(f"'{path}' is not a whole {path.suffix} file of plain arrays: {exc}") from exc
 

@@ -19,7 +19,6 @@ from torchferry.core.compare import TOLERANCES, compare
 from torchferry.core.errors import BackendError, InputError
 from torchferry.core.expressions import Expression
 from torchferry.core.report import Finding
-from torchferry.core.target import Target
 from torchferry.exporter.capture import evaluation_mode
 from torchferry.exporter.inputs import flatten_outputs, to_numpy
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from torchferry.core.engine import Session
     from torchferry.core.signature import DimRange, Relation, Signature
+    from torchferry.core.target import Target
     from torchferry.exporter.source import Source
     from torchferry.graph import Exported
 
@@ -51,7 +51,7 @@ def settle(exported: Exported, source: Source) -> Exported:
     if not any(open_sizes.values()):
         return exported
     free = dataclasses.replace(exported.signature, dims={}, relations=())
-    trial = _trial_target(exported.target)
+    trial = _trial_backend(exported.target)
     if trial is None:
         finding = Finding(
             "sizes-not-settled",
@@ -60,21 +60,23 @@ def settle(exported: Exported, source: Source) -> Exported:
             hint="pip install 'torchferry[all]'",
         )
         return exported.replace(report=exported.report.with_findings([finding]))
-    with tempfile.TemporaryDirectory(prefix="torchferry-") as folder, evaluation_mode(source.model):
-        engine = backends.compile(exported.replace(signature=free), trial, Path(folder) / "trial")
-        with engine.open() as session:
-            return _settle_with(session, exported, source, open_sizes)
+    with (
+        tempfile.TemporaryDirectory(prefix="torchferry-") as folder,
+        evaluation_mode(source.model),
+        backends.get(trial).trial(exported.replace(signature=free), Path(folder)) as session,
+    ):
+        return _settle_with(session, exported, source, open_sizes)
 
 
 def _unsettled(allowed: DimRange) -> list[int]:
     return [size for size in _SPECIAL if size < allowed.min and size not in allowed.excluded]
 
 
-def _trial_target(target: Target) -> Target | None:
+def _trial_backend(target: Target) -> str | None:
     """Choose an engine to run the graph on: the target's own if it is here, else the first that is."""
     for name in (target.backend, *backends.names()):
         if name in backends.names() and backends.get(name).availability().ok:
-            return Target(name)
+            return name
     return None
 
 

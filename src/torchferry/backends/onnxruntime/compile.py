@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torchferry.backends.onnxruntime.session import MODEL_FILE, OnnxRuntimeSession, session_options, translated
+import numpy as np
+
+from torchferry.backends.onnxruntime.session import OnnxRuntimeSession, session_options, translated
 from torchferry.core.engine import Availability, Capabilities, Engine, Graph, Session
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import onnx_ir as ir
+
+    from torchferry.core.engine import Array
     from torchferry.core.target import Target
+
+
+MODEL_FILE = "model.onnx"
+_LARGE = 1024  # bytes; smaller ones may hold shapes, which operators want as constants
+_SHARED = ("FLOAT", "DOUBLE", "FLOAT16", "INT8", "UINT8", "INT32", "INT64")  # types that numpy has as well
 
 
 class OnnxRuntime:
@@ -56,6 +66,52 @@ class OnnxRuntime:
         source.unlink()
         external.unlink(missing_ok=True)
 
-    def open(self, engine: Engine, **options: Any) -> Session:
-        """Load the saved model; options: ``threads`` (int), ``spinning`` (bool)."""
-        return OnnxRuntimeSession(engine, **options)
+    def trial(self, graph: Graph, folder: Path) -> Session:
+        """Load the graph unoptimised, with the weights where they are in memory."""
+        import onnxruntime as ort
+
+        options = session_options(threads=None, spinning=False)
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        proto, weights = with_weights_as_inputs(graph.model)
+        return OnnxRuntimeSession(graph.signature, proto, options, constants=weights)
+
+    def open(self, engine: Engine, *, threads: int | None = None, spinning: bool = False) -> Session:
+        """Load the saved model.
+
+        Args:
+            engine: What ``compile`` wrote.
+            threads: Threads for one operator; None for the number of cores that this process may use.
+            spinning: Let idle threads spin.
+        """
+        return OnnxRuntimeSession(engine.signature, engine.path(MODEL_FILE), session_options(threads, spinning))
+
+
+def with_weights_as_inputs(model: ir.Model) -> tuple[bytes, dict[str, Array]]:
+    """Serialise a graph so that its large weights are inputs, which ONNX Runtime reads where they are.
+
+    Returns:
+        The ONNX file's bytes, and the weights by name, not copied.
+    """
+    import onnx_ir as ir
+
+    graph = model.graph
+    taken = {
+        name: value
+        for name, value in graph.initializers.items()
+        if value.const_value is not None
+        and value.const_value.nbytes >= _LARGE
+        and value.const_value.dtype.name in _SHARED
+    }
+    given = list(graph.inputs)
+    weights = {
+        name: np.ascontiguousarray(value.const_value.numpy()) for name, value in taken.items() if value.const_value
+    }
+    try:
+        for name, value in taken.items():
+            del graph.initializers[name]
+            graph.inputs.append(value)
+        proto = ir.to_proto(model).SerializeToString()
+    finally:
+        del graph.inputs[len(given) :]
+        graph.initializers.update(taken)
+    return proto, weights

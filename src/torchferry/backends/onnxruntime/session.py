@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import re
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchferry.core.engine import Engine, Session
+from torchferry.core.engine import Session
 from torchferry.core.errors import BackendError, MissingBackendError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torchferry.core.engine import Array
-
-MODEL_FILE = "model.onnx"
+    from torchferry.core.signature import Signature
 
 
 def session_options(threads: int | None, spinning: bool) -> Any:
@@ -67,24 +67,30 @@ class OnnxRuntimeSession(Session):
     """A loaded ONNX Runtime model.
 
     Args:
-        engine: What ``compile`` wrote.
-        threads: See ``session_options``.
-        spinning: See ``session_options``.
+        signature: Names, dtypes, shapes and valid sizes.
+        model: The path of an ONNX file, or the file's bytes.
+        options: From ``session_options``.
+        constants: Inputs that are the same at every call.
     """
 
-    def __init__(self, engine: Engine, *, threads: int | None = None, spinning: bool = False) -> None:
-        super().__init__(engine.signature)
-        options = session_options(threads, spinning)
+    def __init__(
+        self, signature: Signature, model: Path | bytes, options: Any, constants: Mapping[str, Array] | None = None
+    ) -> None:
+        super().__init__(signature)
+        self._constants = dict(constants or {})
         import onnxruntime as ort
 
-        path = str(engine.path(MODEL_FILE))
-        with translated(f"load '{path}'"):
-            self._session: Any = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        source = str(model) if isinstance(model, Path) else model
+        with translated(f"load '{model}'" if isinstance(model, Path) else "load the graph"):
+            self._session: Any = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
     def _execute(self, feeds: dict[str, Array]) -> Sequence[Array]:
+        if self._constants:
+            feeds = {**feeds, **self._constants}
         with translated("run the model"):
             outputs: Sequence[Array] = self._session.run(None, feeds)
         return outputs
 
     def _release(self) -> None:
         self._session = None
+        self._constants = {}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from torchferry.backends.reference.session import MODEL_FILE, ReferenceSession
+from torchferry.backends.reference.session import ReferenceSession
 from torchferry.core.engine import Availability, Capabilities, Engine, Graph, Session
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torchferry.core.target import Target
+
+
+MODEL_FILE = "model.onnx"
 
 
 class Reference:
@@ -36,6 +39,11 @@ class Reference:
         """Save the graph as it is."""
         graph.save(folder / MODEL_FILE)
 
-    def open(self, engine: Engine, **options: Any) -> Session:
+    def trial(self, graph: Graph, folder: Path) -> Session:
+        """Save the graph and load it."""
+        graph.save(folder / MODEL_FILE)
+        return ReferenceSession(graph.signature, folder / MODEL_FILE)
+
+    def open(self, engine: Engine) -> Session:
         """Load the file; there are no options."""
-        return ReferenceSession(engine, **options)
+        return ReferenceSession(engine.signature, engine.path(MODEL_FILE))

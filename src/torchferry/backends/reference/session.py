@@ -6,33 +6,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchferry.core.engine import Engine, Session
+from torchferry.core.engine import Session
 from torchferry.core.errors import BackendError, MissingBackendError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from torchferry.core.engine import Array
-
-MODEL_FILE = "model.onnx"
+    from torchferry.core.signature import Signature
 
 
 class ReferenceSession(Session):
     """A model loaded into onnx's evaluator.
 
     Args:
-        engine: What ``compile`` wrote.
+        signature: Names, dtypes, shapes and valid sizes.
+        path: The ONNX file.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        super().__init__(engine.signature)
+    def __init__(self, signature: Signature, path: Path) -> None:
+        super().__init__(signature)
         try:
             from onnx.reference import ReferenceEvaluator
         except ImportError as exc:
             raise MissingBackendError(
                 "the engine 'reference' is not installed", hint="pip install 'torchferry[reference]'"
             ) from exc
-        path = engine.path(MODEL_FILE)
         try:
             self._evaluator: Any = ReferenceEvaluator(str(path))
         except Exception as exc:
