@@ -38,7 +38,7 @@ def main() -> int:
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
                 try:
                     exec(compile(source, step["page"], "exec"), namespace)
-                except BaseException:
+                except Exception:  # noqa: BLE001 - a page may raise anything
                     traceback.print_exc()
                     status = 1
         outputs.append(output.getvalue())

@@ -1,8 +1,8 @@
 """Every fenced block of the documentation is run, validated, or compared with what was printed.
 
 - ``python``: run, all blocks of a page in one namespace.
-- ``bash``: run with ``torchferry`` on the path, in a folder that holds a copy of ``examples/``. Lines that set things up
-  (``scripts/…``, ``pip install``) are checked for what they name, and not run.
+- ``bash``: run with ``torchferry`` on the path, in a folder that holds a copy of ``examples/``. Lines that set things
+  up (``scripts/…``, ``pip install``) are checked for what they name, and not run.
 - ``toml``: a deploy config, whole or a part of one.
 - ``text``: the output of the block above it, with ``...`` for whatever differs from run to run.
 - ``text diagram``: a drawing.
@@ -22,20 +22,25 @@ from pathlib import Path
 import pytest
 from markdown_blocks import Block, blocks
 
+from torchferry.core.errors import ConfigError
 from torchferry.pipeline.config import merge, read_toml, validate
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("page_driver.py")
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
-    *sorted((ROOT / "examples").glob("*/README.md")),
-]
 # What most pages are about. The command is run once; pages that show it get its package and its output, and pages that
 # only use the package find it there.
 EXAMPLE_PACKAGE = "out/srcnn_x3"
 DEPLOY_EXAMPLE = "torchferry deploy examples/super_resolution/deploy.toml"
+# Pages about the package first, so that one process runs most of them and makes it once.
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+        *sorted((ROOT / "examples").glob("*/README.md")),
+    ],
+    key=lambda page: EXAMPLE_PACKAGE not in page.read_text(encoding="utf-8"),
+)
 # Too long to run; the script must at least know its flags.
 LONG = ("python examples/super_resolution/train.py",)
 MINIMAL_CONFIG = {"model": {"factory": "net.py:build"}, "inputs": ["x=1,2"], "out": "out/net"}
@@ -66,25 +71,56 @@ def _environment() -> dict[str, str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    found = blocks(page)
-    _check_languages(page, found)
-    steps = [block for block in found if block.language in ("python", "bash") and _commands(block).strip()]
+    steps = [block for block in blocks(page) if _is_run(block)]
     if any(EXAMPLE_PACKAGE in _commands(step) or DEPLOY_EXAMPLE in step.text.splitlines() for step in steps):
         deployed = request.getfixturevalue("deployed")
         shutil.copytree(deployed / EXAMPLE_PACKAGE, tmp_path / EXAMPLE_PACKAGE)
         shutil.copy(deployed / "printed.txt", tmp_path)
     if steps:
         shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    _check_page(page, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("```json\n{}\n```", "nothing checks a block of 'json'"),
+        ("```bash\nfalse\n```", "the block fails"),
+        ("```python\n1 / 0\n```", "page.md.*line 2.*ZeroDivisionError"),
+        ("```bash\necho one\n```\n```text\ntwo\n```", "what came is\n\none"),
+        ("```text\nout of nowhere\n```", "output of which block"),
+        ("```toml\nnam = 1\n```", "did you mean 'name'"),
+        ("```bash\nscripts/absent\n```", "scripts/absent is not there"),
+        ("```bash\npip install '.[absent]'\n```", "absent"),
+        ("```bash\necho one", "never closed"),
+    ],
+)
+def test_a_wrong_block_is_noticed(text: str, complaint: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises((AssertionError, pytest.fail.Exception, ConfigError)) as caught:
+        _check_page(page, tmp_path)
+    assert re.search(complaint, str(caught.value), re.DOTALL)
+
+
+def _check_page(page: Path, folder: Path) -> None:
+    """Check every block of a page, in a folder that holds what its commands need."""
+    found = blocks(page)
+    _check_languages(page, found)
     for block in found:
         if block.file_name:
-            (tmp_path / block.file_name).write_text(block.text)
+            (folder / block.file_name).write_text(block.text)
     for block in found:
         if block.language == "toml":
-            _check_config(block, tmp_path)
+            _check_config(block, folder)
         if block.language == "bash":
             _check_setup(block)
-    outputs = _run(page, steps, tmp_path) if steps else {}
-    _check_outputs(page, found, outputs)
+    steps = [block for block in found if _is_run(block)]
+    _check_outputs(page, found, _run(page, steps, folder) if steps else {})
+
+
+def _is_run(block: Block) -> bool:
+    return block.language in ("python", "bash") and bool(_commands(block).strip())
 
 
 def _check_languages(page: Path, found: list[Block]) -> None:
@@ -124,9 +160,7 @@ def _run(page: Path, steps: list[Block], folder: Path) -> dict[int, str]:
     """Run the steps in the folder; return what each printed, by its line."""
     plan, result = folder.parent / f"{folder.name}.json", folder.parent / f"{folder.name}.result.json"
     plan.write_text(
-        json.dumps(
-            [{"language": s.language, "text": _commands(s), "page": str(page), "line": s.line} for s in steps]
-        )
+        json.dumps([{"language": s.language, "text": _commands(s), "page": str(page), "line": s.line} for s in steps])
     )
     done = subprocess.run(
         [sys.executable, DRIVER, plan, result],
@@ -154,4 +188,4 @@ def _check_outputs(page: Path, found: list[Block], outputs: dict[int, str]) -> N
         pattern = re.escape(block.text.strip()).replace(re.escape("..."), "(?s:.*?)")
         said = "\n".join(line.rstrip() for line in outputs[before.line].strip().splitlines())
         if not re.fullmatch(pattern, said):
-            pytest.fail(f"{page}:{block.line}: the page says\n\n{block.text}\nbut what came is\n\n{said}", pytrace=False)
+            pytest.fail(f"{page}:{block.line}: the page says\n\n{block.text}\nwhat came is\n\n{said}", pytrace=False)

@@ -80,7 +80,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as exc:
         raise CheckpointError(
-            f"'{path}' is not a whole safetensors file: {exc}", hint="save or download it again"
+            f"checkpoint '{path}' is not a whole safetensors file: {exc}", hint="save or download it again"
         ) from exc
 
 

@@ -69,7 +69,9 @@ class Exported:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the ONNX file whole or not at all; above 256 MiB of weights as ``path`` and ``path.data``.
+        """Write the ONNX file whole or not at all.
+
+        Above 256 MiB of weights, and where they were read from external data, it becomes ``path`` and ``path.data``.
 
         Args:
             path: The ``.onnx`` file; replaced if it exists.
@@ -79,7 +81,13 @@ class Exported:
         """
         path = Path(path).absolute()
         self.model.metadata_props[SIGNATURE_KEY] = self.signature.to_json()
-        external = f"{path.name}.data" if self.weights_bytes > EXTERNAL_DATA_BYTES else None
+        # What was read from external data goes there again: a copy elsewhere must not refer to the old place.
+        is_external = self.weights_bytes > EXTERNAL_DATA_BYTES or any(
+            isinstance(value.const_value, ir.ExternalTensor)
+            for graph in self.model.graphs()
+            for value in graph.initializers.values()
+        )
+        external = f"{path.name}.data" if is_external else None
         with new_files(path.parent) as partial:
             ir.save(self.model, partial / path.name, external_data=external)
 

@@ -10,9 +10,9 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
-from torchferry.core.errors import FormatError
+from torchferry.core.errors import FormatError, IntegrityError
 from torchferry.core.expressions import Expression
-from torchferry.core.files import require_file
+from torchferry.core.files import inside, require_file
 from torchferry.core.signature import DimRange, Signature, TensorSpec
 from torchferry.core.target import Target
 from torchferry.graph.exported import SIGNATURE_KEY, Exported
@@ -54,9 +54,25 @@ def _load(path: Path) -> ir.Model:
         model = ir.load(path)
     except (DecodeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as exc:
         raise FormatError(f"'{path}' is not a whole ONNX model: {exc}", hint="export or download it again") from exc
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                _require_inside(path, value.const_value)
     if not len(model.graph.outputs):
         raise FormatError(f"'{path}' is not an ONNX model: it has no outputs", hint="check the path")
     return model
+
+
+def _require_inside(path: Path, tensor: ir.ExternalTensor) -> None:
+    """Refuse weights outside the model's folder, and say which are missing, before anything reads them."""
+    try:
+        data = inside(path.parent, os.fspath(tensor.location))
+    except IntegrityError as exc:
+        raise FormatError(
+            f"'{path}' keeps the weights '{tensor.name}' outside its own folder, at '{tensor.location}'; refused",
+            hint="move the data beside the model and save it again",
+        ) from exc
+    require_file(data, f"external data of '{path}'")
 
 
 def _signature(model: ir.Model) -> Signature:
