@@ -84,6 +84,7 @@ def test_a_picture_and_numbers(ferry, scaled_package, place, expected, inputs, o
     [
         (["picture.png", "picture.png"], "y.png", "expected one picture to run on, got several"),
         (["factor=1"], "y.png", "expected one picture to run on, got none"),
+        (["half.npz"], "y.png", "expected one picture to run on, got none"),
         (["picture.png", "picture.png"], "y.npz", "several pictures for one input"),
         (["picture.png"], "y.png", "input 'factor' is missing"),
         (["picture.png"], "y.npz", "input 'factor' is missing"),

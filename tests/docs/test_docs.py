@@ -69,6 +69,7 @@ def _environment() -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     steps = [block for block in blocks(page) if _is_run(block)]

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 import torchferry
 from torchferry.core import errors
 from torchferry.core.compare import TOLERANCES
+from torchferry.graph.exported import EXTERNAL_DATA_BYTES
 from torchferry.pipeline.config import DeployConfig
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +121,11 @@ def test_the_concepts_page_states_the_tolerances() -> None:
     assert listed == {precision: (t.atol, t.rtol) for precision, t in TOLERANCES.items()}
 
 
+def test_the_export_page_states_when_weights_leave_the_file() -> None:
+    page = (DOCS / "how-to" / "export.md").read_text(encoding="utf-8")
+    assert f"more than {EXTERNAL_DATA_BYTES >> 20} MiB of weights" in page
+
+
 @pytest.mark.parametrize("page", [DOCS / "design" / "0000-house.md", ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
 def test_the_drawn_tree_is_the_real_one(page: Path) -> None:
     tree = next(block.text for block in blocks(page) if block.words == ("diagram",) and "src/torchferry" in block.text)
@@ -146,7 +152,5 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def _anchors(page: Path) -> set[str]:
     """Return the anchors of a page, as GitHub makes them of its headings."""
-    text = page.read_text(encoding="utf-8")
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-    made = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    return made | set(re.findall(r'<a id="([^"]+)">', text))
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

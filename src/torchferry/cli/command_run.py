@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
 
 def _one_picture(items: list[str], declared: Container[str]) -> tuple[str, list[str]]:
     """Tell the picture from the other inputs: the item without a name, else the one named like a declared picture."""
-    plain = [item for item in items if not split_item(item)[0]]
+    plain = [item for item in items if not split_item(item)[0] and not item.endswith((".npz", ".npy"))]
     chosen = plain or [item for item in items if split_item(item)[0] in declared]
     if len(chosen) != 1:
         given = f"several: {', '.join(chosen)}" if chosen else "none"

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add_parser("verify", help="compare a package with its PyTorch model")
+    parser = commands.add_parser(
+        "verify",
+        help="compare a package with its PyTorch model",
+        description="Compare every engine of a package, or those of --target, with the PyTorch model.",
+    )
     parser.add_argument("package", metavar="PACKAGE")
     add_model_flags(parser)
     parser.add_argument("--report", metavar="FILE", help="write the report as .html, .json or text")

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from torchferry.core.errors import VerificationError
@@ -13,7 +14,6 @@ from torchferry.core.files import write_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from torchferry.core.compare import Comparison
 
@@ -145,12 +145,13 @@ class Report:
 
         return render(self)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write ``.html``, ``.json`` or text, by the name's ending.
 
         Raises:
             OutputError: If the file cannot be written.
         """
+        path = Path(path)
         renderer = {".html": self.to_html, ".json": self.to_json}.get(path.suffix, self.to_text)
         write_text(path, renderer())
 

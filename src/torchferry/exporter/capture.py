@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from torchferry.exporter.source import Source
 
 
+# Modules that compute something else while training.
+_MODAL = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU)
+
+
 def capture(source: Source, target: Target) -> Exported:
     """Export a module; its parameters are shared with the result, not copied.
 
@@ -59,7 +63,7 @@ def capture(source: Source, target: Target) -> Exported:
         findings.append(
             Finding(
                 "training-mode",
-                "warning",
+                "warning" if was_training == "matters" else "info",
                 "the model was in training mode; exported as in eval()",
                 hint="call model.eval()",
             )
@@ -75,15 +79,20 @@ def capture(source: Source, target: Target) -> Exported:
 
 
 @contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[bool]:
-    """Put a module and all in it into eval mode, then leave every flag as it was; yield whether any was training."""
+def evaluation_mode(model: torch.nn.Module) -> Iterator[str]:
+    """Put a module and all in it into eval mode, then leave every flag as it was.
+
+    Yields:
+        Empty if none was training, ``matters`` if one was that then computes something else, else ``harmless``.
+    """
     flags = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        yield any(training for _, training in flags)
+        training = [module for module, flag in flags if flag]
+        yield "matters" if any(isinstance(m, _MODAL) for m in training) else "harmless" if training else ""
     finally:
-        for module, training in flags:
-            module.training = training
+        for module, flag in flags:
+            module.training = flag
 
 
 def _trace(source: Source, declared: dimensions.Dynamic) -> torch.export.ExportedProgram:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Where the usual training frameworks keep the weights inside a checkpoint.
 _NESTED = ("state_dict", "model_state_dict", "model", "params_ema", "params", "net", "module", "weights")
 _SHOWN = 8
+_MAX_DEPTH = 4  # of nesting and of prefixes; only a hostile file goes deeper
 # How torch.load words that a pickle names or calls something besides tensors.
 _NAMES_CODE = re.compile(r"GLOBAL|reduce for unrecognized|add_safe_globals|TorchScript")
 _PLAIN_PICKLE = tuple(bytes([0x80, protocol]) for protocol in (3, 4, 5))  # by pickle.dump; torch.save writes 2
@@ -89,9 +90,7 @@ def _read_torch(path: Path, unsafe: bool) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle's protocols; what matters comes as an exception
             return torch.load(path, map_location="cpu", weights_only=not unsafe, mmap=zipfile.is_zipfile(path) or None)
-    except (
-        Exception
-    ) as exc:  # torch's readers raise anything on damaged data, and with `unsafe` the file's own code too
+    except Exception as exc:  # torch's readers raise anything on damaged data; with `unsafe`, the file's code does too
         if not unsafe and _runs_code(path, exc):
             named = re.search(r"GLOBAL (\S+)", str(exc))
             code = f"code in it ({named[1]})" if named else "code in it"
@@ -121,30 +120,33 @@ def _candidates(loaded: Any) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
 
 
 def _stripped(
-    weights: dict[str, torch.Tensor], said: str, *, may_leave_out: bool
+    weights: dict[str, torch.Tensor], said: str, *, may_leave_out: bool, depth: int = 0
 ) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """Yield the weights, then without their prefixes one after the other; keys of other prefixes are left out once."""
     yield said, weights
+    if depth == _MAX_DEPTH:
+        return
     for head in dict.fromkeys(key.partition(".")[0] for key in weights if "." in key):
         inner = {key.removeprefix(f"{head}."): value for key, value in weights.items() if key.startswith(f"{head}.")}
         left = len(weights) - len(inner)
         if left and not may_leave_out:
             continue
         note = f"prefix '{head}.' stripped" + (f", {left} other keys left out" if left else "")
-        yield from _stripped(inner, f"{said}, {note}" if said else note, may_leave_out=not left and may_leave_out)
+        joined = f"{said}, {note}" if said else note
+        yield from _stripped(inner, joined, may_leave_out=not left and may_leave_out, depth=depth + 1)
 
 
-def _state_dicts(loaded: Any, where: str = "") -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def _state_dicts(loaded: Any, where: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     if isinstance(loaded, torch.nn.Module):
         loaded = loaded.state_dict()
-    if not isinstance(loaded, dict):
+    if not isinstance(loaded, dict) or depth > _MAX_DEPTH:
         return
     tensors = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if tensors:
         yield where, tensors
     for key in _NESTED:
         if isinstance(loaded.get(key), dict | torch.nn.Module):
-            yield from _state_dicts(loaded[key], f"{where}.{key}" if where else key)
+            yield from _state_dicts(loaded[key], f"{where}.{key}" if where else key, depth + 1)
 
 
 def _require_fit(path: Path, wanted: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> None:

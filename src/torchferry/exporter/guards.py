@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torchferry.exporter.dimensions import Declared, Dynamic
     from torchferry.exporter.inputs import InputNames
 
+_BOUNDED_HINT = "other sizes are refused at run time; export with an example on the other side if you need them"
 _SPECIAL = (0, 1)  # torch treats these sizes as special cases; verification.settle runs them
 
 
@@ -224,7 +225,7 @@ def _range(dim: str, symbol: Any, env: ShapeEnv, want: Declared) -> tuple[DimRan
                 "warning",
                 f"the graph is right for {dim} in {DimRange(lower, upper)} only: the model looks at this size",
                 where=where,
-                hint="other sizes are refused at run time; export with an example on the other side if you need them",
+                hint=_BOUNDED_HINT,
             )
         )
     if want.min is not None:
@@ -263,8 +264,20 @@ def _relations(env: ShapeEnv, symbols: Mapping[str, str]) -> tuple[tuple[Relatio
                 )
             )
             continue
-        relations.setdefault(text, Relation(text, where=_line(guard.sloc)))
+        if text not in relations:
+            relations[text] = Relation(text, where=_line(guard.sloc))
+            findings.append(_related(relations[text]))
     return tuple(relations.values()), findings
+
+
+def _related(relation: Relation) -> Finding:
+    return Finding(
+        "dimensions-related",
+        "warning",
+        f"the graph is right where {relation.expression} only: the model looks at these sizes",
+        where=relation.where,
+        hint=_BOUNDED_HINT,
+    )
 
 
 def _is_plain_bound(expr: Any) -> bool:
@@ -321,4 +334,5 @@ def _printable(text: str) -> str:
         ("Min", "min"),
     ):
         text = re.sub(rf"\b{theirs}\b", ours, text)
-    return text
+    # What torch writes for interpolate(scale_factor=3.0); a size is far below the 2**53 at which they would differ.
+    return re.sub(r"\btrunc\((\d+)\.0\*float\((\w+)\)\)", r"\1*\2", text)

@@ -49,7 +49,9 @@ def load_model(reference: str, arguments: Mapping[str, Any] | None = None) -> to
     if isinstance(factory, torch.nn.Module):
         return factory
     if not callable(factory):
-        raise ModelError(f"'{reference}' is of type {type(factory).__name__}, not a function or class that builds a model")
+        raise ModelError(
+            f"'{reference}' is of type {type(factory).__name__}, not a function or class that builds a model"
+        )
     try:
         model = factory(**(arguments or {}))
     except _ENDS as exc:

@@ -98,6 +98,9 @@ class Exported:
     def __str__(self) -> str:
         inputs = ", ".join(map(str, self.signature.inputs))
         outputs = ", ".join(map(str, self.signature.outputs))
-        dims = "; ".join(f"{name} {allowed}" for name, allowed in self.signature.dims.items())
+        dims = "; ".join(
+            [f"{name} {allowed}" for name, allowed in self.signature.dims.items()]
+            + [relation.expression for relation in self.signature.relations]
+        )
         nodes = sum(len(g) for g in self.model.graphs())
         return f"({inputs}) -> ({outputs}), {nodes} nodes" + (f", {dims}" if dims else "")

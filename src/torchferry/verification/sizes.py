@@ -68,6 +68,11 @@ def settle(exported: Exported, source: Source) -> Exported:
         return _settle_with(session, exported, source, open_sizes)
 
 
+def _unsatisfied(relations: tuple[Relation, ...], dim: str) -> str:
+    binding = [relation.expression for relation in relations if dim in Expression(relation.expression).names]
+    return f"the model requires {' and '.join(binding)}"
+
+
 def _unsettled(allowed: DimRange) -> list[int]:
     return [size for size in _SPECIAL if size < allowed.min and size not in allowed.excluded]
 
@@ -97,7 +102,7 @@ def _settle_with(session: Session, exported: Exported, source: Source, open_size
         for size in sizes:
             trial = _allowed_sizes({**base, dim: size}, dim, signature.relations)
             verdicts[size] = (
-                "no sizes of the other dimensions satisfy the model's conditions with it"
+                _unsatisfied(signature.relations, dim)
                 if trial is None
                 else _differs(session, source, example, signature, trial)
             )

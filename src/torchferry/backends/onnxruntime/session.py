@@ -35,10 +35,16 @@ def session_options(threads: int | None, spinning: bool) -> Any:
             "the engine 'onnxruntime' is not installed", hint="pip install 'torchferry[onnxruntime]'"
         ) from exc
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or _usable_cores()
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     options.log_severity_level = 4  # its errors come as exceptions too; its warnings are for its developers
     return options
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux; elsewhere a process may use every core
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextmanager

@@ -1,0 +1,56 @@
+"""The names that users, examples and docs may rely on."""
+
+import inspect
+
+import pytest
+
+import torchferry
+
+NAMES = [
+    "DimRange",
+    "Engine",
+    "Exported",
+    "Finding",
+    "Package",
+    "Postprocess",
+    "Preprocess",
+    "Report",
+    "Session",
+    "Signature",
+    "Source",
+    "Target",
+    "Tolerance",
+    "TorchferryError",
+    "__version__",
+    "compile",
+    "deploy",
+    "export",
+    "load",
+    "pack",
+    "verify",
+]
+
+
+def test_the_list():
+    assert torchferry.__all__ == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_resolves_and_is_documented(name):
+    value = getattr(torchferry, name)
+    assert name in dir(torchferry)
+    if name != "__version__":
+        assert value.__name__ == name
+        assert inspect.getdoc(value)
+        assert value.__module__.startswith("torchferry.")
+
+
+def test_star_import():
+    namespace = {}
+    exec("from torchferry import *", namespace)
+    assert set(NAMES) <= namespace.keys()
+
+
+def test_an_unknown_name():
+    with pytest.raises(AttributeError, match="module 'torchferry' has no attribute 'deplay'"):
+        torchferry.deplay  # noqa: B018 - the access is the test
