@@ -118,7 +118,6 @@ def test_what_a_factory_prints_leaves_the_json_whole(deploy, place):
     assert ran.err == "loading\n"
 
 
-@pytest.mark.xfail(reason="torch._subclasses logs a traceback, which exporter/quiet.py lets through")
 def test_torch_logs_nothing_beside_our_error(deploy, caplog):
     ran = deploy(model="bad.py:Unfit")
     assert "the model fails on its own example in PyTorch" in ran.err

@@ -139,7 +139,9 @@ def new_folder(path: Path, *, overwrite: bool = False, marker: str) -> Iterator[
             partial.mkdir()
             yield partial
             _swap(partial, path)
-        except BaseException:
+        except BaseException as exc:
+            if isinstance(exc, OutputError):  # the user knows the folder by its final name
+                exc.message = exc.message.replace(str(partial), str(path))
             shutil.rmtree(partial, ignore_errors=True)
             if first_made is not None:
                 _remove_empty(path.parent, first_made)

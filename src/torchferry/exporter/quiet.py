@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def quiet() -> Iterator[None]:
     """Silence torch's log lines, its libraries' deprecation warnings, and the graph that it prints on failure."""
     with ExitStack() as stack:
-        for name in ("torch.onnx", "torch.export", "torch._export", "torch._guards", "torch.fx"):
+        for name in ("torch.onnx", "torch.export", "torch._export", "torch._guards", "torch._subclasses", "torch.fx"):
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL)

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
+from onnx_ir.serde import SerdeError
 
+from torchferry.core.errors import FormatError
 from torchferry.core.files import new_files
 from torchferry.core.report import Report
 from torchferry.graph.provenance import Provenance, provenance
@@ -78,6 +80,7 @@ class Exported:
 
         Raises:
             OutputError: If it cannot be written.
+            FormatError: If it was read from a damaged file.
         """
         path = Path(path).absolute()
         self.model.metadata_props[SIGNATURE_KEY] = self.signature.to_json()
@@ -89,7 +92,10 @@ class Exported:
         )
         external = f"{path.name}.data" if is_external else None
         with new_files(path.parent) as partial:
-            ir.save(self.model, partial / path.name, external_data=external)
+            try:
+                ir.save(self.model, partial / path.name, external_data=external)
+            except SerdeError as exc:
+                raise FormatError(f"the graph cannot be written: {exc}", hint="export or download it again") from exc
 
     def replace(self, **changes: Any) -> Exported:
         """Return a copy with some fields changed."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from torchferry.backends.onnxruntime.session import OnnxRuntimeSession, session_options, translated
+from torchferry.backends.onnxruntime.session import OnnxRuntimeSession, onnxruntime, session_options, translated
 from torchferry.core.engine import Availability, Capabilities, Engine, Graph, Session
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ class OnnxRuntime:
         Only the optimisations that hold on every CPU are saved; those that depend on the machine (memory layouts) are
         done when it is opened, so that the folder can be carried to another machine.
         """
-        import onnxruntime as ort
-
+        ort = onnxruntime()
         source = folder / "exported.onnx"
         graph.save(source)
         options = session_options(threads=None, spinning=False)
@@ -68,8 +67,7 @@ class OnnxRuntime:
 
     def trial(self, graph: Graph, folder: Path) -> Session:
         """Load the graph unoptimised, with the weights where they are in memory."""
-        import onnxruntime as ort
-
+        ort = onnxruntime()
         options = session_options(threads=None, spinning=False)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         proto, weights = with_weights_as_inputs(graph.model)

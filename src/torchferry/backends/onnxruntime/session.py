@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from contextlib import contextmanager
@@ -18,6 +19,21 @@ if TYPE_CHECKING:
     from torchferry.core.signature import Signature
 
 
+def onnxruntime() -> Any:
+    """Import ONNX Runtime, with the telemetry of its wheels off.
+
+    Raises:
+        MissingBackendError: If it is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read while it is imported
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as exc:
+        raise MissingBackendError(
+            "the engine 'onnxruntime' is not installed", hint="pip install 'torchferry[onnxruntime]'"
+        ) from exc
+
+
 def session_options(threads: int | None, spinning: bool) -> Any:
     """Return ``onnxruntime.SessionOptions``.
 
@@ -28,12 +44,7 @@ def session_options(threads: int | None, spinning: bool) -> Any:
     Raises:
         MissingBackendError: If ONNX Runtime is not installed.
     """
-    try:
-        import onnxruntime as ort
-    except ImportError as exc:
-        raise MissingBackendError(
-            "the engine 'onnxruntime' is not installed", hint="pip install 'torchferry[onnxruntime]'"
-        ) from exc
+    ort = onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or _usable_cores()
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
@@ -84,8 +95,7 @@ class OnnxRuntimeSession(Session):
     ) -> None:
         super().__init__(signature)
         self._constants = dict(constants or {})
-        import onnxruntime as ort
-
+        ort = onnxruntime()
         source = str(model) if isinstance(model, Path) else model
         with translated(f"load '{model}'" if isinstance(model, Path) else "load the graph"):
             self._session: Any = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
