@@ -160,6 +160,9 @@ def test_a_checkpoint_and_what_was_done_to_it(deploy, place):
     [loading] = [step for step in values["steps"] if step["name"] == "load model and data"]
     assert loading["detail"] == "checkpoint: weights found under 'state_dict', prefix 'module.' stripped"
 
+    ran = deploy("--checkpoint", "weights.pt", out="said")
+    assert "prefix 'module.' stripped" in ran.err
+
     save_file({name.removeprefix("module."): value for name, value in weights.items()}, place / "weights.safetensors")
     assert deploy("--checkpoint", "weights.safetensors", out="plain").status == 0
     engines = [(place / out / "engines/onnxruntime-fp32/model.onnx").read_bytes() for out in ("out", "plain")]

@@ -25,17 +25,14 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run the command."""
     from torchferry.core.target import Target
+    from torchferry.pipeline.deploy import load_model_and_data
+    from torchferry.pipeline.export import export
     from torchferry.pipeline.steps import Steps
 
     out = check_output_file(options.out)
     config = read_config(options, options.out)
     steps = Steps(terminal)
-    with steps.step("import torch"):
-        from torchferry.pipeline.export import export
-        from torchferry.pipeline.loading import load_source
-    with steps.step("load model and data") as step:
-        loaded = load_source(config)
-        step.detail = "; ".join(loaded.notes)
+    loaded = load_model_and_data(config, steps)
     with steps.step("export") as step:
         exported = export(loaded.source, target=Target(**config.targets[0].model_dump()))
         step.detail = str(exported)

@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run the command."""
     from torchferry.package import load
-    from torchferry.pipeline.deploy import join_reports, tolerance_of, verify_at
+    from torchferry.pipeline.deploy import join_reports, load_model_and_data, tolerance_of, verify_at
     from torchferry.pipeline.steps import Steps
 
     package = load(options.package)
@@ -43,11 +43,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
         named = config.export.model_copy(update={"input_names": package.signature.input_names})
         config = config.model_copy(update={"export": named})
     steps = Steps(terminal)
-    with steps.step("import torch"):
-        from torchferry.pipeline.loading import load_source
-    with steps.step("load model and data") as step:
-        loaded = load_source(config)
-        step.detail = "; ".join(loaded.notes)
+    loaded = load_model_and_data(config, steps)
     reports = [
         verify_at(steps, engine, loaded.source, loaded.calls, tolerance_of(config, engine.target), config.verify.sizes)
         for engine in engines

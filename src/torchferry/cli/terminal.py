@@ -50,7 +50,7 @@ class Terminal:
             self._status.start()
 
     def finished(self, step: Step) -> None:
-        """Show a step that ended well."""
+        """Show a step that ended well; without a terminal only what must not go unsaid."""
         self.close()
         if self.shows_progress:
             from rich.markup import escape
@@ -59,6 +59,8 @@ class Terminal:
             self._console.print(
                 f"[green]✓[/] {escape(step.name)}  [cyan]{step.seconds:.1f} s  {step.peak_mib:.0f} MiB[/]{detail}"
             )
+        elif step.notable and not self.as_json:
+            print(f"{step.name}: {step.detail}", file=sys.stderr)  # noqa: T201
 
     def findings(self, findings: Iterable[Finding]) -> None:
         """Show what the user should know: errors and warnings anywhere, the rest on a terminal only."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torchferry.graph import Exported
     from torchferry.package.pictures import Channels
     from torchferry.pipeline.config import DeployConfig
+    from torchferry.pipeline.loading import Loaded
 
 
 def deploy(
@@ -240,6 +241,21 @@ def _versions() -> dict[str, str]:
     }
 
 
+def load_model_and_data(config: DeployConfig, steps: Steps) -> Loaded:
+    """Build the model and read its weights and data, as two steps.
+
+    Raises:
+        TorchferryError: As ``load_source``.
+    """
+    with steps.step("import torch"):
+        from torchferry.pipeline.loading import load_source
+    with steps.step("load model and data") as step:
+        loaded = load_source(config)
+        step.detail = "; ".join(loaded.notes)
+        step.notable = bool(loaded.notes)
+    return loaded
+
+
 def deploy_config(
     config: DeployConfig, *, overwrite: bool = False, steps: Steps | None = None
 ) -> tuple[Package, Report]:
@@ -257,11 +273,7 @@ def deploy_config(
     targets = [Target(**target.model_dump()) for target in config.targets]
     check_free(config.out, overwrite=overwrite, marker=MANIFEST_FILE)
     check_targets(targets)
-    with steps.step("import torch"):
-        from torchferry.pipeline.loading import load_source
-    with steps.step("load model and data") as step:
-        loaded = load_source(config)
-        step.detail = "; ".join(loaded.notes)
+    loaded = load_model_and_data(config, steps)
     return _walk(
         loaded.source,
         targets,

@@ -26,12 +26,14 @@ class Step:
         seconds: Wall time.
         peak_mib: Largest resident memory of the process while it ran, in MiB.
         detail: One line on the result.
+        notable: The detail must not go unsaid, even where progress is not shown.
     """
 
     name: str
     seconds: float
     peak_mib: float
     detail: str = ""
+    notable: bool = False
 
     def __str__(self) -> str:
         return f"{self.seconds:.2f} s, {self.peak_mib:.0f} MiB" + (f", {self.detail}" if self.detail else "")
@@ -51,9 +53,10 @@ class Watcher(Protocol):
 
 @dataclass
 class Running:
-    """A step that is running; set ``detail`` to say what came out."""
+    """A step that is running; set ``detail`` to say what came out, and ``notable`` if that must not go unsaid."""
 
     detail: str = ""
+    notable: bool = False
 
 
 @dataclass
@@ -77,7 +80,7 @@ class Steps:
         _forget_peak()
         start = time.perf_counter()
         yield running
-        step = Step(name, time.perf_counter() - start, _peak_mib(), running.detail)
+        step = Step(name, time.perf_counter() - start, _peak_mib(), running.detail, running.notable)
         self.done.append(step)
         if self.watcher is not None:
             self.watcher.finished(step)
