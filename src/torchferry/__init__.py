@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchferry import rewrite as rewriters
     from torchferry.backends import compile
     from torchferry.core.compare import Tolerance
     from torchferry.core.engine import Engine, Session
@@ -29,11 +30,17 @@ if TYPE_CHECKING:
     from torchferry.package import Package, Postprocess, Preprocess, load, pack
     from torchferry.pipeline.deploy import deploy
     from torchferry.pipeline.export import export
+    from torchferry.rewrite import FUNCTION_REWRITER, MODULE_REWRITER, RewriterContext, patch_model
     from torchferry.verification import verify
 
 __version__ = "0.1.0"
 
+_MODULES = {"rewriters": "torchferry.rewrite"}
 _HOMES = {
+    "FUNCTION_REWRITER": "torchferry.rewrite",
+    "MODULE_REWRITER": "torchferry.rewrite",
+    "RewriterContext": "torchferry.rewrite",
+    "patch_model": "torchferry.rewrite",
     "DimRange": "torchferry.core.signature",
     "Engine": "torchferry.core.engine",
     "Exported": "torchferry.graph.exported",
@@ -57,6 +64,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "FUNCTION_REWRITER",
+    "MODULE_REWRITER",
     "DimRange",
     "Engine",
     "Exported",
@@ -65,6 +74,7 @@ __all__ = [
     "Postprocess",
     "Preprocess",
     "Report",
+    "RewriterContext",
     "Session",
     "Signature",
     "Source",
@@ -77,14 +87,19 @@ __all__ = [
     "export",
     "load",
     "pack",
+    "patch_model",
+    "rewriters",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _MODULES:
+        value: Any = importlib.import_module(_MODULES[name])
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    else:
         raise AttributeError(f"module 'torchferry' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -111,7 +111,7 @@ def _trace(source: Source, declared: dimensions.Dynamic) -> torch.export.Exporte
     for call, oblivious in attempts:
         try:
             program = _torch_export(
-                source.model, call, dimensions.torch_dynamic_shapes(call, names, declared), oblivious
+                source.model, call, dimensions.torch_dynamic_shapes(source.model, call, names, declared), oblivious
             )
             guards.read_dimensions(program, names, declared)  # refuses frozen dimensions
         except (KeyboardInterrupt, MemoryError):

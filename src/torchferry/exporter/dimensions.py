@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ def _declared(dim: Any, name: str, axis: int) -> Declared | None:
     raise ConfigError(f"dynamic_shapes: {dim!r} is neither a name nor a torch.export.Dim")
 
 
-def torch_dynamic_shapes(call: Call, names: InputNames, declared: Dynamic) -> Any:
+def torch_dynamic_shapes(model: torch.nn.Module, call: Call, names: InputNames, declared: Dynamic) -> Any:
     """Return the ``dynamic_shapes`` for torch.export: ``Dim.AUTO`` wherever the user wants a dynamic size.
 
     A named ``Dim`` would make torch raise where the model bounds it; ``AUTO`` lets it through, and we read the bounds.
@@ -119,7 +120,7 @@ def torch_dynamic_shapes(call: Call, names: InputNames, declared: Dynamic) -> An
         return dict.fromkeys(declared.get(next(in_order), {}), Dim.AUTO)
 
     args, kwargs = pytree.tree_map(axes, call)
-    return dict(names.parameters.bind(*args, **kwargs).arguments)
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
 
 
 def traceable(tensors: Mapping[str, torch.Tensor], declared: Dynamic) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,12 @@ class Source:
         """The example as positional and keyword arguments."""
         args, kwargs = as_call(self.args)
         return args, {**kwargs, **self.kwargs}
+
+    def with_model(self, model: torch.nn.Module) -> Source:
+        """Return the same example for another module that takes the same arguments; the tensors keep their names."""
+        other = dataclasses.replace(self, model=model)
+        other.__dict__["names"] = self.names
+        return other
 
     @functools.cached_property
     def names(self) -> InputNames:

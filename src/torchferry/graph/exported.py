@@ -37,6 +37,8 @@ class Exported:
         target: What it was exported for.
         report: What was found on the way: frozen or bounded dimensions, training mode, sizes 0 and 1.
         rewrites: Name and number of uses of every rewriter that acted.
+        outputs_changed_by: Names of those that change outputs on purpose; the graph then agrees with the rewritten
+            model, not with the original.
     """
 
     model: ir.Model
@@ -44,6 +46,7 @@ class Exported:
     target: Target
     report: Report = field(default_factory=lambda: Report("export"))
     rewrites: Mapping[str, int] = field(default_factory=dict)
+    outputs_changed_by: tuple[str, ...] = ()
 
     def provenance(self, node: ir.Node) -> Provenance:
         """Return the module path and source line that a node came from."""

@@ -43,6 +43,7 @@ def deploy(
     name: str | None = None,
     overwrite: bool = False,
     steps: Steps | None = None,
+    cfg: Any = None,
 ) -> Package:
     """Export, compile, verify and pack a model.
 
@@ -59,6 +60,7 @@ def deploy(
         name: The package's name; the module's class by default.
         overwrite: Replace the folder if it exists.
         steps: Where to record time and memory, and whom to tell.
+        cfg: What rewriters see as ``ctx.cfg``.
 
     Returns:
         The package, loaded.
@@ -80,6 +82,7 @@ def deploy(
         name=name,
         overwrite=overwrite,
         steps=steps or Steps(),
+        cfg=cfg,
     )[0]
 
 
@@ -96,27 +99,35 @@ def _walk(
     name: str | None,
     overwrite: bool,
     steps: Steps,
+    cfg: Any,
 ) -> tuple[Package, Report]:
-    from torchferry.pipeline.export import export
+    from torchferry.pipeline.export import export, reference, rewriter_context
 
     check_free(out, overwrite=overwrite, marker=MANIFEST_FILE)
     check_targets(targets)
-    with steps.step("export") as step:
-        exported = export(source, target=targets[0])
-        step.detail = str(exported)
-    if not exported.report.passed:
-        raise _refusal(exported.report, out)
+    exports: dict[str, Exported] = {}
+    for target in targets:  # rewriters go by the engine, so every engine has a graph of its own
+        if target.backend in exports:
+            continue
+        with steps.step("export" if not exports else f"export for {target.backend}") as step:
+            exports[target.backend] = exported = export(source, target=target, cfg=cfg)
+            step.detail = str(exported)
+        if not exported.report.passed:
+            raise _refusal(exported.report, out)
+    exported = exports[targets[0].backend]
 
     with tempfile.TemporaryDirectory(prefix="torchferry-") as scratch:
         engines: list[Engine] = []
         reports: list[Report] = []
         for target in targets:
             with steps.step(f"compile for {target}") as step:
-                engine = backends.compile(exported, target, Path(scratch) / str(target))
+                engine = backends.compile(exports[target.backend], target, Path(scratch) / str(target))
                 size = sum((engine.folder / file).stat().st_size for file in engine.files)
                 step.detail = f"{size / 2**20:.2f} MiB"
             engines.append(engine)
-            reports.append(verify_at(steps, engine, source, data, tolerance(target), sizes))
+            context = functools.partial(rewriter_context, source, target, cfg)
+            with reference(exports[target.backend], source, context) as against:
+                reports.append(verify_at(steps, engine, against, data, tolerance(target), sizes))
         report = _whole_report(exported, reports, steps)
         if not report.passed:
             raise _refusal(report, out)
@@ -182,7 +193,7 @@ def join_reports(reports: Sequence[Report]) -> Report:
 
 def _whole_report(exported: Exported, reports: list[Report], steps: Steps) -> Report:
     """Join what export and every verification found into the page that the package carries."""
-    joined = join_reports(reports).with_findings(exported.report.findings)
+    joined = join_reports(reports).joined(exported.report)
     timed = {step.name: str(step) for step in steps.done}
     return joined.with_facts("graph", {"graph": str(exported), **exported.statistics()}).with_facts("steps", timed)
 
@@ -286,6 +297,7 @@ def deploy_config(
         name=config.name or config.model.factory.rpartition(":")[2],
         overwrite=overwrite,
         steps=steps,
+        cfg=config,
     )
 
 

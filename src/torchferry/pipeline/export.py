@@ -1,16 +1,23 @@
-"""The verb ``export``: capture, then settle what capturing cannot know."""
+"""The verb ``export``: rewrite, capture, check the rewrites, then settle what capturing cannot know."""
 
 from __future__ import annotations
 
+import functools
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torchferry.core.errors import ConfigError
+from torchferry.core.report import Finding
 from torchferry.core.target import Target
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    import torch
+
+    from torchferry.exporter import Source
     from torchferry.graph import Exported
+    from torchferry.rewrite import FunctionRewriter, ModuleRewriter, RewriteLog, RewriterContext
 
 
 def export(
@@ -22,8 +29,14 @@ def export(
     dynamic_shapes: Any = None,
     input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
+    cfg: Any = None,
+    function_rewriter: FunctionRewriter | None = None,
+    module_rewriter: ModuleRewriter | None = None,
 ) -> Exported:
     """Export a module to an ONNX graph that knows for which sizes it is right.
+
+    The rewriters registered for the target act while the model is traced. Each that acted is run once more in eager
+    mode on the example and compared with the original; the report says what became of every rewriter.
 
     Args:
         model: A ``torch.nn.Module``, or a ``Source`` that holds everything else as well. It is exported in eval mode,
@@ -35,6 +48,9 @@ def export(
             ``forward``'s parameter. Equal names declare equal sizes.
         input_names: Names of the graph's inputs in order; ``forward``'s parameters where not given.
         output_names: Names of the graph's outputs in order.
+        cfg: What rewriters see as ``ctx.cfg``.
+        function_rewriter: A private registry in place of ``FUNCTION_REWRITER``.
+        module_rewriter: A private registry in place of ``MODULE_REWRITER``.
 
     Returns:
         The graph, its signature with the valid range of every dimension, and a report of what was found.
@@ -43,7 +59,7 @@ def export(
         ModelError: If the model fails on its own example in PyTorch.
         ExportError: If it cannot be exported; names the line of the model.
         FrozenDimensionError: If a dimension declared dynamic became constant; names the line that fixed it.
-        ConfigError: If names or dimensions do not fit the example.
+        ConfigError: If names or dimensions do not fit the example, or two rewriters fit equally well.
     """
     from torchferry.exporter import Source, capture
     from torchferry.verification import settle
@@ -61,4 +77,85 @@ def export(
             tuple(input_names),
             tuple(output_names),
         )
-    return settle(capture(source, target or Target()), source)
+    target = target or Target()
+    registries = {"function_rewriter": function_rewriter, "module_rewriter": module_rewriter}
+    context = functools.partial(
+        rewriter_context, source, target, cfg, **{name: own for name, own in registries.items() if own is not None}
+    )
+    with context() as rewriting:
+        exported = capture(source.with_model(_model(rewriting)), target)
+    exported = _with_rewrites(exported, source, rewriting.log, context)
+    with reference(exported, source, context) as against:
+        return settle(exported, against)
+
+
+def rewriter_context(source: Source, target: Target, cfg: Any = None, **options: Any) -> RewriterContext:
+    """Return the context in which a model is exported for a target; not entered yet.
+
+    Args:
+        source: The model.
+        target: Whose rewriters apply.
+        cfg: What rewriters see as ``ctx.cfg``.
+        **options: ``check``, ``function_rewriter`` and ``module_rewriter``, as for ``RewriterContext``.
+    """
+    import torchferry.rewrite.rules  # noqa: F401 - registers the rules of our own
+    from torchferry.rewrite import RewriterContext
+
+    return RewriterContext(cfg, target=target, model=source.model, **options)
+
+
+def _model(context: RewriterContext) -> torch.nn.Module:
+    assert context.model is not None  # it is entered, and was given a model
+    return context.model
+
+
+def _with_rewrites(
+    exported: Exported, source: Source, log: RewriteLog, context: Callable[..., RewriterContext]
+) -> Exported:
+    """Add to an exported graph what became of the rewriters, those that acted checked against the originals."""
+    trouble: tuple[Finding, ...] = ()
+    if log.applied():
+        checked, trouble = _checked(source, context(check=True))
+        log = log.with_checks(checked)
+    shown = {row.name: str(row) for row in log.rows if row.status != "declined"}
+    report = exported.report.with_findings((*log.findings(), *trouble))
+    return exported.replace(
+        report=report.with_facts("rewriters", shown) if shown else report,
+        rewrites={row.name: row.calls for row in log.applied()},
+        outputs_changed_by=tuple(row.name for row in log.applied() if row.changes_outputs),
+    )
+
+
+def _checked(source: Source, context: RewriterContext) -> tuple[RewriteLog, tuple[Finding, ...]]:
+    """Run the rewritten model in eager mode on its example, every call of a rewriter beside the original."""
+    from torchferry.exporter.capture import evaluation_mode
+    from torchferry.verification.sizes import first_line, run_torch
+
+    with context:
+        rewritten = source.with_model(_model(context))
+        try:
+            with evaluation_mode(rewritten.model):
+                run_torch(rewritten, rewritten.names.tensors(rewritten.call))
+        except Exception as exc:  # noqa: BLE001 - whatever a rewriter raises outside an export
+            finding = Finding(
+                "rewrites-not-compared",
+                "warning",
+                f"the rewriters could not be compared with the originals: in eager mode they raise {first_line(exc)}",
+                hint="make the rewriters work outside an export too, so that they can be checked",
+            )
+            return context.log, (finding,)
+    return context.log, ()
+
+
+@contextmanager
+def reference(exported: Exported, source: Source, context: Callable[..., RewriterContext]) -> Iterator[Source]:
+    """Give the model that the graph must agree with.
+
+    That is the user's own, unless a rewriter that acted changes outputs on purpose; then it is the rewritten one, and
+    its rewriters act inside the block.
+    """
+    if not exported.outputs_changed_by:
+        yield source
+        return
+    with context() as rewriting:
+        yield source.with_model(_model(rewriting))

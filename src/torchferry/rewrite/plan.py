@@ -1,0 +1,175 @@
+"""Which of the registered rewriters a target asks for, and what became of them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+import torch
+
+from torchferry.rewrite.function import FUNCTION_REWRITER
+from torchferry.rewrite.log import RewriteLog, RewriteRow
+from torchferry.rewrite.module import MODULE_REWRITER
+from torchferry.rewrite.names import Missing, find
+from torchferry.rewrite.patching import patched_attribute
+from torchferry.rewrite.plugins import load_plugins
+from torchferry.rewrite.registry import most_specific
+from torchferry.rewrite.targets import Target, target
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator, Mapping
+
+    from torchferry.core.report import Finding
+    from torchferry.rewrite.function import FunctionRewriter
+    from torchferry.rewrite.log import Status
+    from torchferry.rewrite.module import ModuleRewriter
+    from torchferry.rewrite.registry import Record, Registry
+    from torchferry.rewrite.tally import Tally
+
+T = TypeVar("T")
+
+
+@dataclass
+class Choice(Generic[T]):
+    """The records of one registry, each in one of the three.
+
+    Attributes:
+        kind: What they replace.
+        records: All of them.
+        chosen: With what they replace.
+        declined: With the reason.
+        missing: Those whose name leads nowhere.
+    """
+
+    kind: Literal["function", "module"]
+    records: tuple[Record, ...]
+    chosen: dict[Record, T] = field(default_factory=dict)
+    declined: dict[Record, str] = field(default_factory=dict)
+    missing: dict[Record, Missing] = field(default_factory=dict)
+
+    def rows(self, tallies: Mapping[Record, Tally] | None) -> Iterator[RewriteRow]:
+        """Yield a row for each record; without tallies, what would apply."""
+        for record in self.records:
+            row: dict[str, Any] = {"status": "applies"}
+            if record in self.missing:
+                missing = self.missing[record]
+                row = {"status": "unknown", "reason": missing.reason, "suggestion": missing.suggestion}
+            elif record in self.declined:
+                row = {"status": "declined", "reason": self.declined[record]}
+            elif tallies is not None and record not in tallies:
+                row = {"status": "declined", "reason": "no model was given"}
+            elif tallies is not None:
+                row = _outcome(record, tallies[record])
+            yield RewriteRow(
+                record.name,
+                record.title,
+                record.place,
+                self.kind,
+                record.backend,
+                record.ir,
+                record.changes_outputs,
+                **row,
+            )
+
+
+@dataclass
+class Plan:
+    """What a context is going to do.
+
+    Attributes:
+        functions: Rewriters of functions.
+        modules: Rewriters of module classes.
+        troubles: Plugins that do not load.
+    """
+
+    functions: Choice[Target]
+    modules: Choice[type[torch.nn.Module]]
+    troubles: tuple[Finding, ...] = ()
+
+    def log(self, tallies: Mapping[Record, Tally] | None = None) -> RewriteLog:
+        """Return what became of every record; without tallies, what would apply."""
+        return RewriteLog((*self.functions.rows(tallies), *self.modules.rows(tallies)), self.troubles)
+
+
+def make_plan(functions: FunctionRewriter, modules: ModuleRewriter, env: Mapping[str, Any]) -> Plan:
+    """Choose among all registered rewriters, importing what those that fit refer to.
+
+    Args:
+        functions: Rewriters of functions.
+        modules: Rewriters of module classes.
+        env: ``backend``, ``ir``, ``target``, ``cfg`` and the context's other keywords.
+
+    Raises:
+        ConfigError: If two rewriters fit equally well.
+    """
+    standard = functions is FUNCTION_REWRITER or modules is MODULE_REWRITER
+    troubles = load_plugins() if standard else ()
+    return Plan(
+        _choose("function", functions, env, _function), _choose("module", modules, env, _module_class), troubles
+    )
+
+
+def _choose(
+    kind: Literal["function", "module"],
+    registry: Registry,
+    env: Mapping[str, Any],
+    resolve: Callable[[str], tuple[Hashable, T] | Missing],
+) -> Choice[T]:
+    choice: Choice[T] = Choice(kind, registry.records())
+    rivals: dict[Hashable, dict[Record, T]] = defaultdict(dict)
+    for record in choice.records:
+        reason = record.objection(env)
+        if reason is not None:
+            choice.declined[record] = reason
+            continue
+        resolved = resolve(record.name)
+        if isinstance(resolved, Missing):
+            choice.missing[record] = resolved
+        else:
+            key, value = resolved
+            rivals[key][record] = value
+    for group in rivals.values():
+        best = most_specific(list(group), env)
+        choice.chosen[best] = group[best]
+        choice.declined |= {other: f"{best.title} is more specific" for other in group if other is not best}
+    return choice
+
+
+def _function(name: str) -> tuple[Hashable, Target] | Missing:
+    found = find(name)
+    if isinstance(found, Missing):
+        return found
+    result = patched_attribute(found.parent, found.attribute) or target(found)
+    return result if isinstance(result, Missing) else (result, result)
+
+
+def _module_class(name: str) -> tuple[Hashable, type[torch.nn.Module]] | Missing:
+    found = find(name)
+    if isinstance(found, Missing):
+        return found
+    cls = found.value
+    if isinstance(cls, type) and issubclass(cls, torch.nn.Module):
+        return id(cls), cls
+    return Missing("it is not a class of torch.nn.Module")
+
+
+def _outcome(record: Record, tally: Tally) -> dict[str, Any]:
+    sites = tally.sites
+    calls = sites.total()
+    status: Status = "unused" if not calls else "left" if tally.left == calls else "applied"
+    reason = tally.not_compared
+    if record.changes_outputs and status == "applied":
+        reason = "it is declared to change outputs"
+    elif status == "left":
+        reason = "it left every call to the original"
+    return {
+        "status": status,
+        "calls": calls,
+        "left": tally.left,
+        "sites": tuple(sorted(sites.items())),
+        "compared": tally.compared,
+        "max_abs": tally.max_abs if tally.compared else None,
+        "problems": tuple((code, message, place) for code, (message, place) in tally.problems.items()),
+        "reason": reason,
+    }

@@ -1,0 +1,1 @@
+"""Rewriters of our own, one operator a file."""
