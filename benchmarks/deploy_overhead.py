@@ -4,6 +4,7 @@ The model is the super-resolution example. Both are run in turn in one process, 
 figure is the ratio of the medians. Steps that prove something (settling sizes 0 and 1, verifying) are timed apart.
 """
 
+import functools
 import statistics
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from torchferry import backends
 from torchferry.exporter import capture
 from torchferry.exporter.checkpoint import load_checkpoint
 from torchferry.exporter.reference import load_model
+from torchferry.pipeline.export import rewriter_context
 from torchferry.verification import settle
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "super_resolution"
@@ -44,7 +46,7 @@ def ours(model: torch.nn.Module, image: torch.Tensor, folder: Path) -> dict[str,
     """The verbs of ``deploy`` one by one."""
     marks = [time.perf_counter()]
     source = ferry.Source(model, image, dynamic_shapes=SHAPES)
-    exported = capture(source, ferry.Target())
+    exported, _ = capture(source, ferry.Target(), functools.partial(rewriter_context, source, ferry.Target()))
     marks.append(time.perf_counter())
     exported = settle(exported, source)
     marks.append(time.perf_counter())

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 REWRITERS = 200
-ROUNDS = 41
+ROUNDS = 101
 
 
 class Block(nn.Module):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx.experimental import _config
 
-from torchferry.core.errors import ExportError, FrozenDimensionError, TorchferryError
+from torchferry.core.errors import ConfigError, ExportError, FrozenDimensionError, TorchferryError
 from torchferry.core.report import Finding, Report
 from torchferry.core.signature import Signature
 from torchferry.exporter import dimensions, guards
@@ -20,20 +20,21 @@ from torchferry.graph.provenance import record_provenance
 from torchferry.graph.reading import tensor_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import onnx_ir as ir
 
     from torchferry.core.target import Target
     from torchferry.exporter.inputs import Call, InputNames
     from torchferry.exporter.source import Source
+    from torchferry.rewrite import RewriteLog, RewriterContext
 
 
 # Modules that compute something else while training.
 _MODAL = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU)
 
 
-def capture(source: Source, target: Target) -> Exported:
+def capture(source: Source, target: Target, rewriting: Callable[[], RewriterContext]) -> tuple[Exported, RewriteLog]:
     """Export a module; its parameters are shared with the result, not copied.
 
     Sizes 0 and 1 of every dynamic dimension stay outside the ranges; ``verification.settle`` runs them.
@@ -41,6 +42,10 @@ def capture(source: Source, target: Target) -> Exported:
     Args:
         source: The module with its example and dynamic dimensions.
         target: For the opset; the rest is recorded.
+        rewriting: Makes the context in which the module is traced, a fresh one for each attempt.
+
+    Returns:
+        The graph, and what became of the rewriters.
 
     Raises:
         ModelError: If the module fails on its own example in PyTorch.
@@ -52,7 +57,7 @@ def capture(source: Source, target: Target) -> Exported:
     tensors = names.tensors(source.call)
     declared = dimensions.declared_dimensions(source.dynamic_shapes, names, tensors)
     with evaluation_mode(source.model) as was_training:
-        program = _trace(source, declared)
+        program, log = _trace(source, declared, rewriting)
         model = _translate(program, source, target)
     traced = guards.read_dimensions(program, names, declared)  # only now: the translation may add guards
     _name_values(model, names, source.output_names)
@@ -75,7 +80,7 @@ def capture(source: Source, target: Target) -> Exported:
         traced.relations,
     )
     report = Report(f"export of {type(source.model).__name__}", tuple(findings))
-    return Exported(model, signature, target, report)
+    return Exported(model, signature, target, report), log
 
 
 @contextmanager
@@ -95,7 +100,9 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[str]:
             module.training = flag
 
 
-def _trace(source: Source, declared: dimensions.Dynamic) -> torch.export.ExportedProgram:
+def _trace(
+    source: Source, declared: dimensions.Dynamic, rewriting: Callable[[], RewriterContext]
+) -> tuple[torch.export.ExportedProgram, RewriteLog]:
     """Trace until one way works: sizes of 1 doubled and torch oblivious to 0 and 1, then specialised, then as given."""
     names = source.names
     tensors = names.tensors(source.call)
@@ -110,18 +117,19 @@ def _trace(source: Source, declared: dimensions.Dynamic) -> torch.export.Exporte
     failure: Exception | None = None
     for call, oblivious in attempts:
         try:
-            program = _torch_export(
-                source.model, call, dimensions.torch_dynamic_shapes(source.model, call, names, declared), oblivious
-            )
+            with rewriting() as context:
+                assert context.model is not None  # it was given one
+                shapes = dimensions.torch_dynamic_shapes(context.model, call, names, declared)
+                program = _torch_export(context.model, call, shapes, oblivious)
             guards.read_dimensions(program, names, declared)  # refuses frozen dimensions
-        except (KeyboardInterrupt, MemoryError):
+        except (KeyboardInterrupt, MemoryError, ConfigError):
             raise
         except Exception as exc:  # noqa: BLE001 - torch raises anything, the user's forward too
             # A frozen dimension is the more telling answer, whichever attempt found it.
             if failure is None or (isinstance(exc, FrozenDimensionError) and not isinstance(failure, TorchferryError)):
                 failure = exc
         else:
-            return program
+            return program, context.log
     assert failure is not None
     if isinstance(failure, TorchferryError):
         raise failure

@@ -82,9 +82,8 @@ def export(
     context = functools.partial(
         rewriter_context, source, target, cfg, **{name: own for name, own in registries.items() if own is not None}
     )
-    with context() as rewriting:
-        exported = capture(source.with_model(_model(rewriting)), target)
-    exported = _with_rewrites(exported, source, rewriting.log, context)
+    exported, log = capture(source, target, context)
+    exported = _with_rewrites(exported, source, log, context)
     with reference(exported, source, context) as against:
         return settle(exported, against)
 
@@ -101,7 +100,7 @@ def rewriter_context(source: Source, target: Target, cfg: Any = None, **options:
     import torchferry.rewrite.rules  # noqa: F401 - registers the rules of our own
     from torchferry.rewrite import RewriterContext
 
-    return RewriterContext(cfg, target=target, model=source.model, **options)
+    return RewriterContext(cfg, ir="onnx", target=target, model=source.model, **options)
 
 
 def _model(context: RewriterContext) -> torch.nn.Module:

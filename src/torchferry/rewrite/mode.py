@@ -72,7 +72,7 @@ class RewriterMode(TorchFunctionMode):
                     _pop_torch_function_stack()
         if _len_torch_function_stack() and _is_on_stack():
             return unseen(func, *args, **kwargs)
-        if _is_composed(func, tuple(types)):
+        if _is_composed(func) and all(map(_is_plain, types)):
             _push_on_torch_function_stack(MODE)
             try:
                 return _redispatch(original(func), types, args, kwargs)
@@ -172,13 +172,13 @@ def _overloads(packet: OpOverloadPacket, args: Any, kwargs: Any) -> Iterator[OpO
 
 
 @functools.cache
-def _is_composed(func: Any, types: tuple[Any, ...]) -> bool:
-    """Tell whether a function calls others of torch that a rewriter may be for.
-
-    Args:
-        func: What a mode is asked about.
-        types: Those of the tensors. One that has a way of its own with torch's functions is left to it.
-    """
+def _is_composed(func: Any) -> bool:
+    """Tell whether a function calls others of torch that a rewriter may be for."""
     composed = isinstance(func, FunctionType) and func.__module__ in COMPOSED
-    plain = all(t is torch.Tensor or t.__torch_function__ is torch._C._disabled_torch_function_impl for t in types)
-    return _redispatch is not None and plain and (composed or isinstance(func, HigherOrderOperator))
+    return _redispatch is not None and (composed or isinstance(func, HigherOrderOperator))
+
+
+@functools.cache
+def _is_plain(cls: Any) -> bool:
+    """Tell whether a type of tensors has no way of its own with torch's functions."""
+    return cls is torch.Tensor or cls.__torch_function__ is torch._C._disabled_torch_function_impl
