@@ -51,8 +51,8 @@ class SRCNN(nn.Module):
 
     def init_weights(self) -> None:
         """Start from small weights."""
-        for convolution in self.convolutions:
-            nn.init.normal_(convolution.weight, std=1e-3)
+        for parameter in self.convolutions.parameters():
+            nn.init.normal_(parameter, std=1e-3)
 
 
 class Tiled(nn.Module):

@@ -180,3 +180,21 @@ def test_the_page_holds_the_figures_and_the_pictures(net):
     assert page.count("data:image/png;base64,") == 4
     assert "image_out" in page
     assert "http://" not in page.replace("http://www.w3.org/", "")
+
+
+def test_an_engine_that_refuses_empty_inputs_is_said_and_passes(tmp_path):
+    """A refusal is no wrong number; the example itself must of course run."""
+
+    class Model(nn.Module):
+        def forward(self, x):
+            return torch.ones(3, x.shape[2]) @ x @ torch.ones(x.shape[3], 3)
+
+    model, x = Model().eval(), torch.rand(1, 2, 7, 8)
+    dims = {"x": {0: "n"}}
+    engine = deployed(model, x, tmp_path, dynamic_shapes=dims)
+    narrow = dataclasses.replace(
+        engine, signature=dataclasses.replace(engine.signature, dims={"n": ferry.DimRange(min=1)})
+    )
+    report = ferry.verify(narrow, model, x, sizes=[{"n": 0}])
+    assert report.passed
+    assert [f.code for f in report.findings] == ["engine-refuses-empty"]

@@ -103,7 +103,9 @@ class Backend(Protocol):
         ...
 
     def trial(self, graph: Graph, folder: Path) -> Session:
-        """Load a graph as it is, to run it a few times; weights are shared with it where the engine can do that.
+        """Load a graph as it is, to run it a few times in the caller's own thread.
+
+        Weights are shared with the graph where the engine can do that.
 
         Args:
             graph: The graph.

@@ -65,8 +65,12 @@ def _node_line(exc: BaseException, program: torch.export.ExportedProgram | None)
     if program is None or named is None:
         return None
     # torch.onnx decomposes before it translates, so the node may be one that the traced graph does not have yet.
-    with quiet():
-        nodes = [*program.graph.nodes, *program.run_decompositions().graph.nodes]
+    nodes = list(program.graph.nodes)
+    try:
+        with quiet():
+            nodes += program.run_decompositions().graph.nodes
+    except Exception:  # noqa: BLE001 - decomposing may be what failed; the traced nodes are left to search
+        nodes = list(program.graph.nodes)
     stacks = [node.meta.get("stack_trace") for node in nodes if node.name == named[1]]
     return next((line for line in map(user_line, filter(None, stacks)) if line), None)
 

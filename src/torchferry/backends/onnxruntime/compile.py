@@ -68,7 +68,7 @@ class OnnxRuntime:
     def trial(self, graph: Graph, folder: Path) -> Session:
         """Load the graph unoptimised, with the weights where they are in memory."""
         ort = onnxruntime()
-        options = session_options(threads=None, spinning=False)
+        options = session_options(threads=1, spinning=False)
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         proto, weights = with_weights_as_inputs(graph.model)
         return OnnxRuntimeSession(graph.signature, proto, options, constants=weights)
