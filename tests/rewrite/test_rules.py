@@ -150,8 +150,8 @@ def names(case):
 class TestRule:
     def test_it_fires_once_and_is_right_at_sizes_never_exported(self, case, tmp_path):
         exported, pairs = answers(case, tmp_path)
-        said = exported.report.facts["rewriters"]
-        assert any(said[row.name].startswith(("applied", "left")) for row in names(case))
+        own = {row.name for row in names(case)}
+        assert own & exported.rewrites.keys() or case.rule == "arange"  # which only adds an argument
         assert_right(pairs)
 
     def test_without_it_the_export_fails_or_is_wrong(self, case, tmp_path):
@@ -199,3 +199,10 @@ def test_the_reference_page_lists_exactly_what_is_registered():
 def test_where_the_exporter_is_right_the_rules_leave_the_call_to_it(function):
     exported = ferry.export(model_of(function), torch.rand(1, 2, 8, 8))
     assert exported.rewrites == {}
+
+
+def test_a_method_of_tensor_that_calls_its_base_does_not_recurse(tmp_path):
+    """``Tensor.unflatten`` is Python that calls the C method of the same name, as attention layers do."""
+    exported, pairs = answers(Case("", lambda x: x.unflatten(1, (5, 1)) + 1, (6, 5), ROWS, ((4, 5),)), tmp_path)
+    assert exported.rewrites == {}
+    assert_right(pairs)

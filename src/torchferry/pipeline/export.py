@@ -116,7 +116,7 @@ def _with_rewrites(
     if log.applied():
         checked, trouble = _checked(source, context(check=True))
         log = log.with_checks(checked)
-    shown = {row.name: str(row) for row in log.rows if row.status != "declined"}
+    shown = {row.name: str(row) for row in log.rows if row.status != "declined" and not row.is_idle_rule}
     report = exported.report.with_findings((*log.findings(), *trouble))
     return exported.replace(
         report=report.with_facts("rewriters", shown) if shown else report,

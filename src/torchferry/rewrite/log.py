@@ -60,6 +60,11 @@ class RewriteRow:
     reason: str = ""
     suggestion: str = ""
 
+    @property
+    def is_idle_rule(self) -> bool:
+        """A rule of our own that had nothing to do: they stand ready for every model, so that is no news."""
+        return self.status in ("unused", "left") and self.replacement.startswith(_RULES)
+
     def __str__(self) -> str:
         text = f"{self.status:8} {self.name} -> {self.replacement} ({self.file})"
         if self.calls:
@@ -119,8 +124,7 @@ class RewriteLog:
             elif row.status == "applied" and row.reason:
                 text = f"the rewriter {row.replacement} of '{row.name}' was not compared on every call: {row.reason}"
                 found.append(Finding("rewriter-not-compared", "info", text, where=row.file))
-        # Our own rules stand ready for every model; that most of them find nothing to do is no news.
-        unused = [row.name for row in self.rows if row.status == "unused" and not row.replacement.startswith(_RULES)]
+        unused = [row.name for row in self.rows if row.status == "unused" and not row.is_idle_rule]
         if unused:
             text = f"nothing called what these rewriters replace: {', '.join(unused)}"
             found.append(Finding("rewriter-unused", "info", text))

@@ -72,12 +72,16 @@ class RewriterMode(TorchFunctionMode):
                     _pop_torch_function_stack()
         if _len_torch_function_stack() and _is_on_stack():
             return unseen(func, *args, **kwargs)
-        if _is_composed(func) and all(map(_is_plain, types)):
+        # A method of Tensor that calls its base's comes here a second time under the same name.
+        again = bool(state.composing) and state.composing[-1] is func
+        if not again and _is_composed(func) and all(map(_is_plain, types)):
+            state.composing.append(func)
             _push_on_torch_function_stack(MODE)
             try:
                 return _redispatch(original(func), types, args, kwargs)
             finally:
                 _pop_torch_function_stack()
+                state.composing.pop()
         return func(*args, **kwargs)
 
 

@@ -118,6 +118,7 @@ class ThreadState(threading.local):
         passing: A torch function whose next call no rewriter takes.
         handing: The originals that are handing their call to torch's modes: the key of the patch, the number of modes,
             and that of the running rewriters.
+        composing: Torch's own Python functions whose bodies are running with the mode in place, the innermost last.
         quiet: Calls are not counted, and not compared.
     """
 
@@ -125,6 +126,7 @@ class ThreadState(threading.local):
         self.active: Active | None = None
         self.calls: list[Call] = []
         self.passing: Any = None
+        self.composing: list[Any] = []
         self.handing: list[tuple[str, int, int]] = []
         self.quiet = False
 
