@@ -6,6 +6,7 @@ aborts). A forked child finds out without any harm, and shares the weights with 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import pickle
 import resource
@@ -59,6 +60,7 @@ def _answer(run: Callable[[], Any], sender: int) -> None:
     """Run in the child, send the result, and end without any of the parent's clean-up."""
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        faulthandler.disable()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)  # a crash talks
