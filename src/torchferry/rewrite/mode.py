@@ -72,8 +72,9 @@ class RewriterMode(TorchFunctionMode):
                     _pop_torch_function_stack()
         if _len_torch_function_stack() and _is_on_stack():
             return unseen(func, *args, **kwargs)
-        # A method of Tensor that calls its base's comes here a second time under the same name.
-        again = bool(state.composing) and state.composing[-1] is func
+        # A method of Tensor that calls its base's comes here a second time under the same name. A higher-order
+        # operator does too, once for each layer of the dispatcher; its branches are run in the last one.
+        again = bool(state.composing) and state.composing[-1] is func and isinstance(func, FunctionType)
         if not again and _is_composed(func) and all(map(_is_plain, types)):
             state.composing.append(func)
             _push_on_torch_function_stack(MODE)
