@@ -22,7 +22,7 @@ LAYERS = {
     "verification": 3,
     "codebases": 3,
     "pipeline": 4,
-    "testing": 4,
+    "testing": 5,
     "cli": 5,
 }
 TORCH = {"rewrite", "exporter", "precision", "verification", "codebases", "pipeline", "testing"}
@@ -40,7 +40,7 @@ DEFAULT_BACKEND_FILE = ROOT / "core" / "target.py"
 
 
 def _files() -> list[Path]:
-    return [path for path in sorted(ROOT.rglob("*.py")) if path.parent != ROOT]
+    return [path for path in sorted(ROOT.rglob("*.py")) if path.parent != ROOT or not path.stem.startswith("__")]
 
 
 def _package(path: Path) -> str:

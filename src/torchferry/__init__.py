@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchferry import rewrite as rewriters
+    from torchferry import testing
     from torchferry.backends import compile
     from torchferry.core.compare import Tolerance
     from torchferry.core.engine import Engine, Session
@@ -30,17 +31,26 @@ if TYPE_CHECKING:
     from torchferry.package import Package, Postprocess, Preprocess, load, pack
     from torchferry.pipeline.deploy import deploy
     from torchferry.pipeline.export import export
-    from torchferry.rewrite import FUNCTION_REWRITER, MODULE_REWRITER, RewriterContext, patch_model
+    from torchferry.rewrite import (
+        FUNCTION_REWRITER,
+        MODULE_REWRITER,
+        SYMBOLIC_REWRITER,
+        RewriterContext,
+        patch_model,
+        register_op,
+    )
     from torchferry.verification import verify
 
 __version__ = "0.1.0"
 
-_MODULES = {"rewriters": "torchferry.rewrite"}
+_MODULES = {"rewriters": "torchferry.rewrite", "testing": "torchferry.testing"}
 _HOMES = {
     "FUNCTION_REWRITER": "torchferry.rewrite",
     "MODULE_REWRITER": "torchferry.rewrite",
+    "SYMBOLIC_REWRITER": "torchferry.rewrite",
     "RewriterContext": "torchferry.rewrite",
     "patch_model": "torchferry.rewrite",
+    "register_op": "torchferry.rewrite",
     "DimRange": "torchferry.core.signature",
     "Engine": "torchferry.core.engine",
     "Exported": "torchferry.graph.exported",
@@ -66,6 +76,7 @@ _HOMES = {
 __all__ = [
     "FUNCTION_REWRITER",
     "MODULE_REWRITER",
+    "SYMBOLIC_REWRITER",
     "DimRange",
     "Engine",
     "Exported",
@@ -88,7 +99,9 @@ __all__ = [
     "load",
     "pack",
     "patch_model",
+    "register_op",
     "rewriters",
+    "testing",
     "verify",
 ]
 

@@ -9,6 +9,7 @@ import torchferry
 NAMES = [
     "FUNCTION_REWRITER",
     "MODULE_REWRITER",
+    "SYMBOLIC_REWRITER",
     "DimRange",
     "Engine",
     "Exported",
@@ -31,7 +32,9 @@ NAMES = [
     "load",
     "pack",
     "patch_model",
+    "register_op",
     "rewriters",
+    "testing",
     "verify",
 ]
 

@@ -14,6 +14,7 @@ from torchferry.rewrite import (
     LibVersionChecker,
     ModuleRewriter,
     RewriterContext,
+    SymbolicRewriter,
     explain,
     plugins,
 )
@@ -27,7 +28,8 @@ def rewriters():
 
 
 def context(rewriters, *args, **kwargs):
-    return RewriterContext(*args, function_rewriter=rewriters, module_rewriter=ModuleRewriter(), **kwargs)
+    none = {"module_rewriter": ModuleRewriter(), "symbolic_rewriter": SymbolicRewriter()}
+    return RewriterContext(*args, function_rewriter=rewriters, **none, **kwargs)
 
 
 def row_of(log, name):

@@ -12,7 +12,8 @@
     ├── CheckpointError    (ValueError)          a checkpoint that does not fit or may not be read
     ├── InputError         (ValueError)          an array with the wrong name, type, rank or size
     ├── ExportError        (RuntimeError)        a model that cannot be turned into a graph
-    │   └── FrozenDimensionError                 a dimension declared dynamic that the model fixes
+    │   ├── FrozenDimensionError                 a dimension declared dynamic that the model fixes
+    │   └── OperatorError                        an operator without a translation, or a node that ONNX does not allow
     ├── BackendError       (RuntimeError)        an engine that refuses a graph or breaks while running
     │   ├── MissingBackendError                  an engine that is not installed or not known
     │   └── UnsupportedError                     something that this engine cannot do
@@ -92,6 +93,10 @@ class ExportError(TorchferryError, RuntimeError):
 
 class FrozenDimensionError(ExportError):
     """A dimension that was declared dynamic is fixed by the model."""
+
+
+class OperatorError(ExportError):
+    """An operator has no translation, or its translation is not valid ONNX."""
 
 
 class BackendError(TorchferryError, RuntimeError):

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx.experimental import _config
+from torch.onnx._constants import ONNX_DEFAULT_OPSET
 
-from torchferry.core.errors import ConfigError, ExportError, FrozenDimensionError, TorchferryError
+from torchferry.core.errors import ConfigError, ExportError, FrozenDimensionError, OperatorError, TorchferryError
 from torchferry.core.report import Finding, Report
 from torchferry.core.signature import Signature
 from torchferry.exporter import dimensions, guards
 from torchferry.exporter.failures import export_error
 from torchferry.exporter.quiet import quiet
+from torchferry.exporter.symbolics import Symbolics
 from torchferry.exporter.translations import TRANSLATIONS
 from torchferry.graph import Exported
 from torchferry.graph.provenance import record_provenance
@@ -57,13 +59,16 @@ def capture(source: Source, target: Target, rewriting: Callable[[], RewriterCont
     tensors = names.tensors(source.call)
     declared = dimensions.declared_dimensions(source.dynamic_shapes, names, tensors)
     with evaluation_mode(source.model) as was_training:
-        program, log = _trace(source, declared, rewriting)
-        model = _translate(program, source, target)
+        program, context, symbolics = _trace(source, declared, target, rewriting)
+        try:
+            model = _translate(program, source, target, symbolics)
+        finally:
+            symbolics.functions.close()
     traced = guards.read_dimensions(program, names, declared)  # only now: the translation may add guards
     _name_values(model, names, source.output_names)
     guards.rename_symbols(model, traced.symbols)
     record_provenance(model)
-    findings = list(traced.findings)
+    findings = [*traced.findings, *symbolics.findings()]
     if was_training:
         findings.append(
             Finding(
@@ -80,7 +85,7 @@ def capture(source: Source, target: Target, rewriting: Callable[[], RewriterCont
         traced.relations,
     )
     report = Report(f"export of {type(source.model).__name__}", tuple(findings))
-    return Exported(model, signature, target, report), log
+    return Exported(model, signature, target, report), context.log
 
 
 @contextmanager
@@ -101,8 +106,8 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[str]:
 
 
 def _trace(
-    source: Source, declared: dimensions.Dynamic, rewriting: Callable[[], RewriterContext]
-) -> tuple[torch.export.ExportedProgram, RewriteLog]:
+    source: Source, declared: dimensions.Dynamic, target: Target, rewriting: Callable[[], RewriterContext]
+) -> tuple[torch.export.ExportedProgram, RewriterContext, Symbolics]:
     """Trace until one way works: sizes of 1 doubled and torch oblivious to 0 and 1, then specialised, then as given."""
     names = source.names
     tensors = names.tensors(source.call)
@@ -117,23 +122,46 @@ def _trace(
     failure: Exception | None = None
     for call, oblivious in attempts:
         try:
-            with rewriting() as context:
-                assert context.model is not None  # it was given one
-                shapes = dimensions.torch_dynamic_shapes(context.model, call, names, declared)
-                program = _torch_export(context.model, call, shapes, oblivious)
-            guards.read_dimensions(program, names, declared)  # refuses frozen dimensions
+            return _attempt(source, declared, target, rewriting, call, oblivious)
         except (KeyboardInterrupt, MemoryError, ConfigError):
             raise
         except Exception as exc:  # noqa: BLE001 - torch raises anything, the user's forward too
             # A frozen dimension is the more telling answer, whichever attempt found it.
             if failure is None or (isinstance(exc, FrozenDimensionError) and not isinstance(failure, TorchferryError)):
                 failure = exc
-        else:
-            return program, context.log
     assert failure is not None
     if isinstance(failure, TorchferryError):
         raise failure
     raise export_error(failure, source) from failure
+
+
+def _attempt(
+    source: Source,
+    declared: dimensions.Dynamic,
+    target: Target,
+    rewriting: Callable[[], RewriterContext],
+    call: Call,
+    oblivious: bool,
+) -> tuple[torch.export.ExportedProgram, RewriterContext, Symbolics]:
+    """Trace in one way; a second time if what a Function returns is known only from running the model."""
+    with rewriting() as context:
+        assert context.model is not None  # it was given one
+        symbolics = Symbolics(context.symbolics, target.opset or ONNX_DEFAULT_OPSET)
+        functions = symbolics.functions
+        shapes = dimensions.torch_dynamic_shapes(context.model, call, source.names, declared)
+        try:
+            with functions.taken():
+                program = _torch_export(context.model, call, shapes, oblivious)
+        except Exception:
+            functions.close()
+            if not functions.is_unseen:
+                raise
+            with functions.watching(), torch.no_grad():
+                context.model(*call[0], **call[1])
+            with functions.taken():
+                program = _torch_export(context.model, call, shapes, oblivious)
+    guards.read_dimensions(program, source.names, declared)  # refuses frozen dimensions
+    return program, context, symbolics
 
 
 def _torch_export(
@@ -148,21 +176,24 @@ def _torch_export(
         return torch.export.export(model, call[0], call[1] or None, dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def _translate(program: torch.export.ExportedProgram, source: Source, target: Target) -> ir.Model:
+def _translate(program: torch.export.ExportedProgram, source: Source, target: Target, symbolics: Symbolics) -> ir.Model:
     try:
         with quiet(), torch.no_grad():
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,
                 opset_version=target.opset,
-                custom_translation_table=TRANSLATIONS,
+                custom_translation_table={**TRANSLATIONS, **symbolics.translations()},
+                optimize=False,
                 verbose=False,
             )
-    except (KeyboardInterrupt, MemoryError):
+            assert onnx_program is not None
+            symbolics.expand(onnx_program.model)
+            onnx_program.optimize()
+    except (KeyboardInterrupt, MemoryError, OperatorError):
         raise
     except Exception as exc:
         raise export_error(exc, source, program) from exc
-    assert onnx_program is not None
     delivered = onnx_program.model.opset_imports.get("")
     if target.opset is not None and delivered != target.opset:
         raise ExportError(

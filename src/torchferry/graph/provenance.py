@@ -45,6 +45,11 @@ def provenance(node: ir.Node) -> Provenance:
     return Provenance(properties.get(MODULE_KEY, ""), properties.get(SOURCE_KEY, ""))
 
 
+def node_line(node: ir.Node) -> str:
+    """Return the user's line that torch's exporter noted on a node; empty if it noted none."""
+    return user_line(node.metadata_props.get(_STACK_KEY, ""))
+
+
 def user_line(stack_trace: str) -> str:
     r"""Return the innermost line of a formatted stack trace that is not torch's own, else its innermost line.
 
@@ -79,7 +84,7 @@ def record_provenance(model: ir.Model) -> None:
         for node in reversed(nodes):  # users stand after what they use, so they are done first
             properties = node.metadata_props
             scopes = _scopes(properties.get(_SCOPES_KEY, ""))
-            module, source = scopes, user_line(properties.get(_STACK_KEY, ""))
+            module, source = scopes, node_line(node)
             if not source:
                 users = [user for output in node.outputs for user, _ in output.uses() if user.graph is graph]
                 known = next((u.metadata_props for u in users if u.metadata_props.get(SOURCE_KEY)), {})

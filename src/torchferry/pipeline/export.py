@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torchferry.exporter import Source
     from torchferry.graph import Exported
-    from torchferry.rewrite import FunctionRewriter, ModuleRewriter, RewriteLog, RewriterContext
+    from torchferry.rewrite import FunctionRewriter, ModuleRewriter, RewriteLog, RewriterContext, SymbolicRewriter
 
 
 def export(
@@ -32,6 +32,7 @@ def export(
     cfg: Any = None,
     function_rewriter: FunctionRewriter | None = None,
     module_rewriter: ModuleRewriter | None = None,
+    symbolic_rewriter: SymbolicRewriter | None = None,
 ) -> Exported:
     """Export a module to an ONNX graph that knows for which sizes it is right.
 
@@ -51,6 +52,7 @@ def export(
         cfg: What rewriters see as ``ctx.cfg``.
         function_rewriter: A private registry in place of ``FUNCTION_REWRITER``.
         module_rewriter: A private registry in place of ``MODULE_REWRITER``.
+        symbolic_rewriter: A private registry in place of ``SYMBOLIC_REWRITER``.
 
     Returns:
         The graph, its signature with the valid range of every dimension, and a report of what was found.
@@ -78,7 +80,11 @@ def export(
             tuple(output_names),
         )
     target = target or Target()
-    registries = {"function_rewriter": function_rewriter, "module_rewriter": module_rewriter}
+    registries = {
+        "function_rewriter": function_rewriter,
+        "module_rewriter": module_rewriter,
+        "symbolic_rewriter": symbolic_rewriter,
+    }
     context = functools.partial(
         rewriter_context, source, target, cfg, **{name: own for name, own in registries.items() if own is not None}
     )
@@ -95,7 +101,7 @@ def rewriter_context(source: Source, target: Target, cfg: Any = None, **options:
         source: The model.
         target: Whose rewriters apply.
         cfg: What rewriters see as ``ctx.cfg``.
-        **options: ``check``, ``function_rewriter`` and ``module_rewriter``, as for ``RewriterContext``.
+        **options: ``check`` and the registries, as for ``RewriterContext``.
     """
     import torchferry.rewrite.rules  # noqa: F401 - registers the rules of our own
     from torchferry.rewrite import RewriterContext
@@ -113,7 +119,7 @@ def _with_rewrites(
 ) -> Exported:
     """Add to an exported graph what became of the rewriters, those that acted checked against the originals."""
     trouble: tuple[Finding, ...] = ()
-    if log.applied():
+    if any(row.kind != "symbolic" for row in log.applied()):
         checked, trouble = _checked(source, context(check=True))
         log = log.with_checks(checked)
     shown = {row.name: str(row) for row in log.rows if row.status != "declined" and not row.is_idle_rule}

@@ -7,6 +7,8 @@ import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Self
 
+from torch.onnx._constants import ONNX_DEFAULT_OPSET
+
 from torchferry.core.errors import ConfigError
 from torchferry.rewrite.function import FUNCTION_REWRITER, FunctionRewriter
 from torchferry.rewrite.log import RewriteLog
@@ -18,6 +20,7 @@ from torchferry.rewrite.registry import DEFAULT
 from torchferry.rewrite.replacing import rewritten_model
 from torchferry.rewrite.rewriter import Rewriter
 from torchferry.rewrite.state import STATE, Active, handing_over
+from torchferry.rewrite.symbolic import SYMBOLIC_REWRITER, Symbolic, SymbolicRecord, SymbolicRewriter, make_symbolic
 from torchferry.rewrite.targets import FunctionTarget, TorchTarget, python_function
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
     from torchferry.core.target import Target
     from torchferry.rewrite.registry import Record
+    from torchferry.rewrite.symbolic import SymbolicTarget
     from torchferry.rewrite.tally import Tally
     from torchferry.rewrite.targets import Target as FunctionKind
 
@@ -46,6 +50,7 @@ class RewriterContext:
         check: Compare every call of a rewriter with the original on the same inputs. Takes the time of both.
         function_rewriter: The registry of rewriters of functions.
         module_rewriter: The registry of rewriters of module classes.
+        symbolic_rewriter: The registry of symbolic functions, which only an export calls.
         **kwargs: Attributes of the rewriters' context, and keywords for the classes that take a module's place.
 
     Raises:
@@ -54,6 +59,7 @@ class RewriterContext:
 
     Attributes:
         model: The rewritten copy of the model while the context is entered; None without a model.
+        symbolics: The symbolic functions that apply, by operator or ``autograd.Function``; empty before it is entered.
 
     >>> with RewriterContext(backend="an_engine") as context:
     ...     pass
@@ -72,14 +78,16 @@ class RewriterContext:
         check: bool = False,
         function_rewriter: FunctionRewriter = FUNCTION_REWRITER,
         module_rewriter: ModuleRewriter = MODULE_REWRITER,
+        symbolic_rewriter: SymbolicRewriter = SYMBOLIC_REWRITER,
         **kwargs: Any,
     ) -> None:
         self.model: torch.nn.Module | None = None
+        self.symbolics: dict[SymbolicTarget, Symbolic] = {}
         self._attributes = _attributes(cfg, backend, ir, target, kwargs)
         self._kwargs = kwargs
         self._given = model
         self._check = check
-        self._registries = function_rewriter, module_rewriter
+        self._registries = function_rewriter, module_rewriter, symbolic_rewriter
         self._plan: Plan | None = None
         self._tallies: dict[Record, Tally] = {}
         self._undo: ExitStack | None = None
@@ -120,6 +128,10 @@ class RewriterContext:
         active = Active(STATE.active)
         for record, kind in plan.functions.chosen.items():
             tallies[record] = _install(record, kind, active, self._attributes, self._check, undo)
+        for record, operator in plan.symbolics.chosen.items():
+            assert isinstance(record, SymbolicRecord)
+            self.symbolics[operator] = make_symbolic(record, operator, self._attributes)
+            tallies[record] = self.symbolics[operator].tally
         self._plan, self._tallies = plan, tallies
         undo.callback(_leave, active, len(STATE.calls))
         STATE.active = active
@@ -154,7 +166,7 @@ def patch_model(
         ConfigError: If two rewriters fit equally well, or a replacement cannot be built.
     """
     attributes = _attributes(cfg, backend, ir, target, kwargs)
-    plan = make_plan(FunctionRewriter(), module_rewriter, attributes)
+    plan = make_plan(FunctionRewriter(), module_rewriter, SymbolicRewriter(), attributes)
     return rewritten_model(model, plan.modules, attributes["cfg"], kwargs, check=False)[0]
 
 
@@ -166,6 +178,7 @@ def explain(
     target: Target | None = None,
     function_rewriter: FunctionRewriter = FUNCTION_REWRITER,
     module_rewriter: ModuleRewriter = MODULE_REWRITER,
+    symbolic_rewriter: SymbolicRewriter = SYMBOLIC_REWRITER,
     **kwargs: Any,
 ) -> RewriteLog:
     """Print and return what a context with these arguments would rewrite: each rewriter, its file, and why not.
@@ -177,13 +190,14 @@ def explain(
         target: The target.
         function_rewriter: The registry of rewriters of functions.
         module_rewriter: The registry of rewriters of module classes.
+        symbolic_rewriter: The registry of symbolic functions.
         **kwargs: What checkers may look at.
 
     Raises:
         ConfigError: If two rewriters fit equally well.
     """
     attributes = _attributes(cfg, backend, ir, target, kwargs)
-    log = make_plan(function_rewriter, module_rewriter, attributes).log()
+    log = make_plan(function_rewriter, module_rewriter, symbolic_rewriter, attributes).log()
     print(log)  # noqa: T201 - what it is for
     return log
 
@@ -193,7 +207,9 @@ def _attributes(cfg: Any, backend: str, ir: str, target: Target | None, kwargs: 
         backend = target.backend
     if target is not None and backend != target.backend:
         raise ConfigError(f"backend '{backend}' and target '{target}' are not the same", hint="leave one of them out")
-    return {**kwargs, "cfg": {} if cfg is None else cfg, "backend": backend, "ir": ir, "target": target}
+    opset = (target.opset if target is not None else None) or ONNX_DEFAULT_OPSET
+    told = {"cfg": {} if cfg is None else cfg, "backend": backend, "ir": ir, "target": target}
+    return {"opset": opset, **kwargs, **told}
 
 
 def _install(

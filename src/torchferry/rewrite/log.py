@@ -26,14 +26,14 @@ class RewriteRow:
         name: What it replaces, as registered.
         replacement: The replacement's module and qualified name.
         file: The replacement's ``file:line``.
-        kind: ``function`` or ``module``.
+        kind: ``function``, ``module`` or ``symbolic``.
         backend: What it is registered for, or ``default``.
         ir: What it is registered for, or ``default``.
         changes_outputs: Its results differ from the original's on purpose.
         status: ``applied``; ``left`` if every call was left to the original; ``declined`` if its conditions do not
             hold or a more specific one was chosen; ``unused`` if nothing called it; ``unknown`` if its name leads
             nowhere; ``applies`` in a plan that was not carried out.
-        calls: Calls that it took, or instances of the module class that it replaced.
+        calls: Calls that it took or translated, or instances of the module class that it replaced.
         left: Those of the calls whose result was the original's own.
         sites: Where the calls came from, as ``file:line``, or the paths of the modules; each with its number.
         compared: Calls that were compared with the original.
@@ -46,7 +46,7 @@ class RewriteRow:
     name: str
     replacement: str
     file: str
-    kind: Literal["function", "module"]
+    kind: Literal["function", "module", "symbolic"]
     backend: str
     ir: str
     changes_outputs: bool
@@ -82,7 +82,7 @@ class RewriteLog:
     """What became of every registered rewriter.
 
     Attributes:
-        rows: In the order of registration, functions first.
+        rows: In the order of registration: functions, modules, symbolic functions.
         troubles: What went wrong apart from any one of them, such as a plugin that does not load.
     """
 
@@ -136,7 +136,8 @@ def _identity(row: RewriteRow) -> tuple[str, ...]:
 
 
 def _with_check(row: RewriteRow, checked: RewriteRow | None) -> RewriteRow:
-    if checked is None or row.status not in ("applied", "left"):
+    # What a symbolic function gave has no form in PyTorch; the whole graph is compared instead.
+    if checked is None or row.status not in ("applied", "left") or row.kind == "symbolic":
         return row
     never = "" if checked.compared or row.status == "left" else "nothing called it where calls are compared"
     return dataclasses.replace(

@@ -15,6 +15,7 @@ from torchferry.rewrite.names import Missing, find
 from torchferry.rewrite.patching import patched_attribute
 from torchferry.rewrite.plugins import load_plugins
 from torchferry.rewrite.registry import most_specific
+from torchferry.rewrite.symbolic import SYMBOLIC_REWRITER, symbolic_target, torch_records
 from torchferry.rewrite.targets import Target, target
 
 if TYPE_CHECKING:
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from torchferry.rewrite.function import FunctionRewriter
     from torchferry.rewrite.log import Status
     from torchferry.rewrite.module import ModuleRewriter
-    from torchferry.rewrite.registry import Record, Registry
+    from torchferry.rewrite.registry import Record
+    from torchferry.rewrite.symbolic import SymbolicRewriter, SymbolicTarget
     from torchferry.rewrite.tally import Tally
 
 T = TypeVar("T")
+Kind = Literal["function", "module", "symbolic"]
 
 
 @dataclass
@@ -42,7 +45,7 @@ class Choice(Generic[T]):
         missing: Those whose name leads nowhere.
     """
 
-    kind: Literal["function", "module"]
+    kind: Kind
     records: tuple[Record, ...]
     chosen: dict[Record, T] = field(default_factory=dict)
     declined: dict[Record, str] = field(default_factory=dict)
@@ -80,50 +83,75 @@ class Plan:
     Attributes:
         functions: Rewriters of functions.
         modules: Rewriters of module classes.
+        symbolics: Symbolic functions.
         troubles: Plugins that do not load.
     """
 
     functions: Choice[Target]
     modules: Choice[type[torch.nn.Module]]
+    symbolics: Choice[SymbolicTarget]
     troubles: tuple[Finding, ...] = ()
 
     def log(self, tallies: Mapping[Record, Tally] | None = None) -> RewriteLog:
         """Return what became of every record; without tallies, what would apply."""
-        return RewriteLog((*self.functions.rows(tallies), *self.modules.rows(tallies)), self.troubles)
+        choices: tuple[Choice[Any], ...] = (self.functions, self.modules, self.symbolics)
+        return RewriteLog(tuple(row for choice in choices for row in choice.rows(tallies)), self.troubles)
 
 
-def make_plan(functions: FunctionRewriter, modules: ModuleRewriter, env: Mapping[str, Any]) -> Plan:
+def make_plan(
+    functions: FunctionRewriter, modules: ModuleRewriter, symbolics: SymbolicRewriter, env: Mapping[str, Any]
+) -> Plan:
     """Choose among all registered rewriters, importing what those that fit refer to.
 
     Args:
         functions: Rewriters of functions.
         modules: Rewriters of module classes.
-        env: ``backend``, ``ir``, ``target``, ``cfg`` and the context's other keywords.
+        symbolics: Symbolic functions; those registered with torch.onnx stand in for what the standard registry lacks.
+        env: ``backend``, ``ir``, ``target``, ``opset``, ``cfg`` and the context's other keywords.
 
     Raises:
         ConfigError: If two rewriters fit equally well.
     """
-    standard = functions is FUNCTION_REWRITER or modules is MODULE_REWRITER
+    standard = functions is FUNCTION_REWRITER or modules is MODULE_REWRITER or symbolics is SYMBOLIC_REWRITER
     troubles = load_plugins() if standard else ()
+    translated = _choose("symbolic", symbolics.records(), env, symbolic_target)
+    if symbolics is SYMBOLIC_REWRITER:
+        _add_torchs(translated, env)
     return Plan(
-        _choose("function", functions, env, _function), _choose("module", modules, env, _module_class), troubles
+        _choose("function", functions.records(), env, _function),
+        _choose("module", modules.records(), env, _module_class),
+        translated,
+        troubles,
     )
 
 
+def _add_torchs(choice: Choice[SymbolicTarget], env: Mapping[str, Any]) -> None:
+    """Add the symbolic functions registered with torch.onnx, for operators that have none of ours."""
+    theirs = _choose("symbolic", torch_records(env["opset"]), env, symbolic_target)
+    taken = {operator: record for record, operator in choice.chosen.items()}
+    for record, operator in theirs.chosen.items():
+        if operator in taken:
+            choice.declined[record] = f"{taken[operator].title} is registered with Torchferry"
+        else:
+            choice.chosen[record] = operator
+    choice.missing |= theirs.missing
+    choice.records += theirs.records
+
+
 def _choose(
-    kind: Literal["function", "module"],
-    registry: Registry,
+    kind: Kind,
+    records: tuple[Record, ...],
     env: Mapping[str, Any],
-    resolve: Callable[[str], tuple[Hashable, T] | Missing],
+    resolve: Callable[[Record], tuple[Hashable, T] | Missing],
 ) -> Choice[T]:
-    choice: Choice[T] = Choice(kind, registry.records())
+    choice: Choice[T] = Choice(kind, records)
     rivals: dict[Hashable, dict[Record, T]] = defaultdict(dict)
     for record in choice.records:
         reason = record.objection(env)
         if reason is not None:
             choice.declined[record] = reason
             continue
-        resolved = resolve(record.name)
+        resolved = resolve(record)
         if isinstance(resolved, Missing):
             choice.missing[record] = resolved
         else:
@@ -136,16 +164,16 @@ def _choose(
     return choice
 
 
-def _function(name: str) -> tuple[Hashable, Target] | Missing:
-    found = find(name)
+def _function(record: Record) -> tuple[Hashable, Target] | Missing:
+    found = find(record.name)
     if isinstance(found, Missing):
         return found
     result = patched_attribute(found.parent, found.attribute) or target(found)
     return result if isinstance(result, Missing) else (result, result)
 
 
-def _module_class(name: str) -> tuple[Hashable, type[torch.nn.Module]] | Missing:
-    found = find(name)
+def _module_class(record: Record) -> tuple[Hashable, type[torch.nn.Module]] | Missing:
+    found = find(record.name)
     if isinstance(found, Missing):
         return found
     cls = found.value

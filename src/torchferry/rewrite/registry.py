@@ -65,7 +65,7 @@ class Record:
         return next(iter(parameters), None) == "ctx"
 
     @property
-    def rank(self) -> tuple[bool, bool, bool]:
+    def rank(self) -> tuple[bool | int, ...]:
         """How specific it is: for a backend, then for an IR, then under conditions."""
         return self.backend != DEFAULT, self.ir != DEFAULT, bool(self.checkers)
 

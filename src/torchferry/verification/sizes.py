@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,19 +55,20 @@ def settle(exported: Exported, source: Source) -> Exported:
     free = dataclasses.replace(exported.signature, dims={}, relations=())
     trial = _trial_backend(exported.target)
     if trial is None:
-        finding = Finding(
-            "sizes-not-settled",
-            "warning",
-            "sizes 0 and 1 are refused: no engine is installed to run them on",
-            hint="pip install 'torchferry[all]'",
-        )
-        return exported.replace(report=exported.report.with_findings([finding]))
-    with (
-        tempfile.TemporaryDirectory(prefix="torchferry-") as folder,
-        evaluation_mode(source.model),
-        backends.get(trial).trial(exported.replace(signature=free), Path(folder)) as session,
-    ):
+        return _unsettled_graph(exported, "no engine is installed to run them on", "pip install 'torchferry[all]'")
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="torchferry-"))
+        stack.enter_context(evaluation_mode(source.model))
+        try:
+            session = stack.enter_context(backends.get(trial).trial(exported.replace(signature=free), Path(folder)))
+        except BackendError as exc:
+            return _unsettled_graph(exported, first_line(exc), "the graph is for an engine that has all its operators")
         return _settle_with(session, exported, source, open_sizes)
+
+
+def _unsettled_graph(exported: Exported, reason: str, hint: str) -> Exported:
+    finding = Finding("sizes-not-settled", "warning", f"sizes 0 and 1 are refused: {reason}", hint=hint)
+    return exported.replace(report=exported.report.with_findings([finding]))
 
 
 def _unsatisfied(relations: tuple[Relation, ...], dim: str) -> str:
