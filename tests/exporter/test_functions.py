@@ -252,7 +252,9 @@ class TestHowItIsCalled:
             @staticmethod
             def symbolic(g, x, times):
                 one = g.op("Constant", value_t=torch.tensor([0]))
-                shape = g.op("Concat", g.op("Unsqueeze", times, one), g.op("Constant", value_t=torch.tensor([3])), axis_i=0)
+                shape = g.op(
+                    "Concat", g.op("Unsqueeze", times, one), g.op("Constant", value_t=torch.tensor([3])), axis_i=0
+                )
                 return g.op("Expand", x, shape)
 
             @staticmethod
@@ -383,7 +385,9 @@ class TestWrongSymbolics:
         failing(lambda g, x: returned, f"returns {type(returned).__name__}, not what g.op")
 
     def test_one_with_too_many_outputs(self):
-        failing(lambda g, x: g.op("TopK", x, g.op("Constant", value_t=torch.tensor([1])), outputs=2), "gives 2 outputs, Py")
+        failing(
+            lambda g, x: g.op("TopK", x, g.op("Constant", value_t=torch.tensor([1])), outputs=2), "gives 2 outputs, Py"
+        )
 
     def test_one_of_another_dtype(self):
         error = failing(lambda g, x: g.op("Cast", x, to_i=7), "is INT64, PyTorch's is FLOAT")

@@ -2,7 +2,8 @@
 
 The class's ``forward`` is not traced: one operator of our own stands for the call. What it gives has the dtype and
 sizes that ``forward`` gives on fake tensors; where that fails, those that ONNX infers from what the symbolic builds;
-where even these are not known, dynamic sizes, of the rank and dtype that the model has on its example.
+where that knows nothing, those that ``forward`` has when it runs for real at several sizes; else dynamic sizes, of the
+rank and dtype that the model has on its example.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._dynamo import trace_rules
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.sym_node import SymNode
 from torch.utils import _pytree as pytree
 
 from torchferry.core.errors import OperatorError
+from torchferry.exporter.measured import measured_sizes
 from torchferry.exporter.torchscript import Slot, ValueType, run_symbolic
 from torchferry.rewrite import Symbolic
 from torchferry.rewrite.patching import function_patch
@@ -39,6 +42,19 @@ _LIBRARY.define("function(Tensor?[] tensors, SymInt[] sizes, int call) -> Tensor
 FUNCTION = torch.ops.torchferry.function.default
 
 
+@dataclass(frozen=True)
+class Seen:
+    """One call of an ``autograd.Function`` in the model's run on its example.
+
+    Attributes:
+        tensors: Its tensor arguments.
+        types: What it gave.
+    """
+
+    tensors: list[torch.Tensor]
+    types: list[ValueType]
+
+
 @dataclass
 class FunctionCall:
     """One call of an ``autograd.Function`` in the traced graph.
@@ -48,7 +64,7 @@ class FunctionCall:
         symbolic: What it becomes.
         args: The arguments, each tensor and each dynamic size replaced by a ``Slot``.
         opsets: What the symbolic is told, and that of the graph.
-        seen: The results of the same call in the model's run on its example; None if that was not watched.
+        seen: The same call in the model's run on its example; None if that was not watched.
         source: Where the results' dtype and sizes come from, in words; empty until they were asked for.
         structure: How the results were returned.
     """
@@ -57,7 +73,7 @@ class FunctionCall:
     symbolic: Symbolic
     args: tuple[Any, ...]
     opsets: tuple[int, int]
-    seen: Sequence[ValueType] | None = None
+    seen: Seen | None = None
     source: str = ""
     structure: Any = field(default=None, repr=False)
 
@@ -84,32 +100,37 @@ class FunctionCall:
         types_in = [_value_type(value) for value in inputs]
         fragment = run_symbolic(self.symbolic, self.args, types_in, *self.opsets, constants_as_values=False)
         types = [_inferred_type(value) for value in fragment.model.graph.output]
-        source = "ONNX shape inference"
+        self.source = f"ONNX shape inference, for {refused}"
         if any(t.dtype is None or t.shape is None for t in types):
             if self.seen is None:
                 raise UnseenError(self.symbolic.name)
-            types = [_combined(t, seen) for t, seen in zip(types, self.seen, strict=False)]
-            source = "unknown sizes of the rank and dtype that the example has"
-        self.source = f"{source}, for {refused}"
+            sizes = measured_sizes(self.forward, inputs, self.seen.tensors)
+            if sizes is not None and len(sizes) == len(self.seen.types):
+                self.source = f"forward run for real at several sizes, for {refused}"
+                return _empty(sizes, [seen.dtype for seen in self.seen.types], inputs)
+            types = [_combined(t, seen) for t, seen in zip(types, self.seen.types, strict=False)]
+            self.source = f"unknown sizes of the rank and dtype that the example has, for {refused}"
         leaves = [0] * len(types)
         self.structure = pytree.tree_flatten(tuple(leaves) if fragment.is_tuple else 0)[1], [True] * len(types)
-        sizes = {str(size): size for value in inputs for size in _sizes(value) if not isinstance(size, int)}
-        device = next((value.device for value in inputs if isinstance(value, torch.Tensor)), torch.device("cpu"))
-        return [
-            torch.empty([_size(size, sizes) for size in t.shape or ()], dtype=t.dtype, device=device) for t in types
-        ]
+        known = {str(size): size for value in inputs for size in _sizes(value) if not isinstance(size, int)}
+        named = [[size if isinstance(size, int) else known.get(str(size)) for size in t.shape or ()] for t in types]
+        return _empty(named, [t.dtype for t in types], inputs)
 
     def _by_forward(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
         mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
-        with _numbers_read(mode):
-            outputs = quietly(self.forward)(inputs)
+        with _numbers_read(mode), _sizes_read_refused():
+            outputs, again = quietly(self.forward)(inputs), quietly(self.forward)(inputs)
         self.source = "forward on fake tensors"
         known: set[Any] = set()
         for value in inputs:
             known.update(*(size.node.expr.free_symbols for size in _sizes(value) if not isinstance(size, int)))
+        sizes = [
+            [_known_size(size, other, known) for size, other in zip(output.shape, second.shape, strict=True)]
+            for output, second in zip(outputs, again, strict=True)
+        ]
         return [
-            torch.empty([_known_size(size, known) for size in output.shape], dtype=output.dtype, device=output.device)
-            for output in outputs
+            torch.empty(shape, dtype=output.dtype, device=output.device)
+            for shape, output in zip(sizes, outputs, strict=True)
         ]
 
 
@@ -125,6 +146,23 @@ def _numbers_read(mode: FakeTensorMode | None) -> Iterator[None]:
             yield
     finally:
         mode.allow_scalar_outputs = before
+
+
+@contextmanager
+def _sizes_read_refused() -> Iterator[None]:
+    """Let ``int(size)`` fail inside the block where it would fix a dynamic size to the example's."""
+    before = SymNode.guard_int
+
+    def guard_int(self: Any, file: str, line: int) -> int:
+        if self.expr.free_symbols and self.hint is not None:
+            raise TypeError("it reads a dynamic size as a number")
+        return before(self, file, line)
+
+    SymNode.guard_int = guard_int  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        SymNode.guard_int = before  # type: ignore[method-assign]
 
 
 class UnseenError(Exception):
@@ -149,7 +187,7 @@ class Functions:
         self._registered = {cls: symbolic for cls, symbolic in chosen.items() if isinstance(cls, type)}
         self._opsets = opsets
         self._symbolics: dict[type, Symbolic | None] = {}
-        self._seen: dict[type, list[list[ValueType]]] | None = None
+        self._seen: dict[type, list[Seen]] | None = None
         self._count: dict[type, int] = {}
 
     @contextmanager
@@ -202,8 +240,11 @@ class Functions:
         if not torch.compiler.is_exporting():
             result = _APPLY.origin()(cls, *args)
             if self._seen is not None:
-                tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-                self._seen.setdefault(cls, []).append([_value_type(tensor) for tensor in tensors])
+                given, gave = (
+                    [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+                    for tree in (args, result)
+                )
+                self._seen.setdefault(cls, []).append(Seen(given, [_value_type(tensor) for tensor in gave]))
             return result
         return self._recorded(cls, symbolic, args)
 
@@ -263,9 +304,12 @@ def _sizes(value: Any) -> Sequence[Any]:
     return value.shape if isinstance(value, torch.Tensor) else (value,)
 
 
-def _known_size(size: Any, known: set[Any]) -> Any:
-    """Return a size that follows from the inputs' sizes as it is, any other as a dynamic one."""
-    if isinstance(size, int) or size.node.expr.free_symbols <= known:
+def _known_size(size: Any, again: Any, known: set[Any]) -> Any:
+    """Return a size that follows from the inputs' sizes as it is, any other as a dynamic one: also a random one."""
+    if isinstance(size, int) and isinstance(again, int):
+        if size == again:
+            return size
+    elif not isinstance(size, int) and size.node.expr.free_symbols <= known:
         return size
     return torch.library.get_ctx().new_dynamic_size()
 

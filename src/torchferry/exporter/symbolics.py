@@ -175,7 +175,10 @@ class Symbolics:
                 optional=translation.optional,
             )
             built = ir.from_proto(fragment.model)
-            _check_outputs(symbolic.name, built.graph.outputs, node.outputs)
+            if translation.returns_list and fragment.is_tuple:
+                _join_outputs(built.graph)
+            else:
+                _check_outputs(symbolic.name, built.graph.outputs, node.outputs)
         except OperatorError as exc:
             raise OperatorError(exc.message, where=exc.where or where, hint=exc.hint) from exc
         for value, actual in zip(built.graph.inputs, inputs, strict=True):
@@ -240,6 +243,13 @@ def _value_type(value: ir.Value) -> ValueType:
     if value.shape is None:
         return ValueType(dtype, None)
     return ValueType(dtype, tuple(size if isinstance(size, int) else size.value for size in value.shape))
+
+
+def _join_outputs(graph: ir.Graph) -> None:
+    """Make a list of the outputs, which torch.onnx takes apart again."""
+    joined = ir.node("SequenceConstruct", list(graph.outputs))
+    graph.append(joined)
+    graph.outputs[:] = joined.outputs
 
 
 def _check_outputs(name: str, built: Sequence[ir.Value], wanted: Sequence[ir.Value]) -> None:

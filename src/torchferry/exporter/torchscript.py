@@ -71,6 +71,22 @@ class Fragment:
     is_tuple: bool
 
 
+class _Context(GraphContext):
+    """What a symbolic function gets as ``g``."""
+
+    def op(self, opname: str, *raw_args: Any, outputs: int = 1, **kwargs: Any) -> Any:
+        """Add a node."""
+        try:
+            return super().op(opname, *raw_args, outputs=outputs, **kwargs)
+        except RuntimeError:
+            # TorchScript may fail to infer the sizes that a node of another opset gives; it need not.
+            GLOBALS.onnx_shape_inference = False
+            try:
+                return super().op(opname, *raw_args, outputs=outputs, **kwargs)
+            finally:
+                GLOBALS.onnx_shape_inference = True
+
+
 def run_symbolic(
     symbolic: Symbolic,
     args: Sequence[Any],
@@ -102,7 +118,7 @@ def run_symbolic(
     _C._jit_pass_onnx_graph_shape_type_inference(_C.Graph(), {}, opset)
     graph = _C.Graph()
     values = [_add_input(graph, f"input_{index}", given) for index, given in enumerate(inputs)]
-    context = GraphContext(
+    context = _Context(
         graph=graph,
         block=graph.block(),
         opset=opset,

@@ -10,8 +10,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from torchferry.core.errors import OperatorError
 from torchferry.graph.forms.conversion import convert_node
-from torchferry.graph.forms.schemas import STANDARD_DOMAINS, NodeError, form_error
-from torchferry.graph.forms.scope import Scope, used_names
+from torchferry.graph.forms.schemas import STANDARD_DOMAINS, NodeError, form_error, type_error
+from torchferry.graph.forms.scope import SMALL_BYTES, Scope, used_names
 from torchferry.graph.provenance import SOURCE_KEY
 from torchferry.graph.validity import ir_version_for, require_known
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     # What stands in the way, with the node of the user's graph.
     Failure = tuple[ir.Node, NodeError]
 
-# Constants up to this size may be axes, sizes or pads, which operators had as attributes once.
-_SMALL_BYTES = 4096
 # The version of the file format that brought functions.
 _FUNCTIONS_IR_VERSION = 8
 
@@ -92,23 +90,30 @@ def _convert_nodes(root: ir.Graph | ir.Function, source: int, target: int) -> li
     for node in nodes:
         if node.domain not in STANDARD_DOMAINS:
             continue
-        proto = _proto(node)
         for value in (*node.inputs, *node.outputs):
             if value is not None:
                 _tell(scope, value)
         try:
-            made = convert_node(proto, source, target, scope)
-            error = form_error(proto, target) if made == [proto] else None
-            if error is not None:
-                raise error
+            _convert(node, source, target, scope)
         except NodeError as refusal:
             failures.append((node, refusal))
-            continue
-        if made != [proto]:
-            _replace(node, made, scope)
-        elif node.version is not None:
-            node.version = target
     return failures
+
+
+def _convert(node: ir.Node, source: int, target: int, scope: Scope) -> None:
+    if node.op_type == "Constant" and "value" in node.attributes:  # it may be large, and has the same form everywhere
+        error = type_error(NodeProto(op_type="Constant", output=[node.outputs[0].name or ""]), target, scope.type_of)
+        made = proto = None
+    else:
+        proto = _proto(node)
+        made = convert_node(proto, source, target, scope)
+        error = form_error(proto, target) if made == [proto] else None
+    if error is not None:
+        raise error
+    if made != [proto] and made is not None:
+        _replace(node, made, scope)
+    elif node.version is not None:
+        node.version = target
 
 
 def _names(root: ir.Graph | ir.Function, nodes: list[ir.Node]) -> set[str]:
@@ -123,15 +128,12 @@ def _names(root: ir.Graph | ir.Function, nodes: list[ir.Node]) -> set[str]:
 
 
 def _proto(node: ir.Node) -> NodeProto:
-    """Write a node without what may be large and does not matter: its subgraphs, and the value of a Constant."""
+    """Write a node without what its subgraphs hold."""
     proto = NodeProto(op_type=node.op_type, name=node.name or "")
     proto.input.extend(value.name or "" if value is not None else "" for value in node.inputs)
     proto.output.extend(value.name or "" for value in node.outputs)
     for attribute in node.attributes.values():
-        is_stub = attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) or (
-            node.op_type == "Constant" and attribute.type == ir.AttributeType.TENSOR
-        )
-        if is_stub and not attribute.is_ref():
+        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) and not attribute.is_ref():
             proto.attribute.append(AttributeProto(name=attribute.name, type=attribute.type.name))
         else:
             proto.attribute.append(ir.serde.serialize_attribute(attribute))
@@ -143,10 +145,9 @@ def _tell(scope: Scope, value: ir.Value) -> None:
     name = value.name or ""
     if value.type is not None:
         scope.types.setdefault(name, ir.serde.serialize_value(value).type)
-    if name not in scope.constants:
-        tensor = _constant(value)
-        if tensor is not None and tensor.nbytes <= _SMALL_BYTES:
-            scope.constants[name] = ir.serde.serialize_tensor(tensor)
+    tensor = _constant(value)
+    if name not in scope.constants and tensor is not None and tensor.nbytes <= SMALL_BYTES:
+        scope.hold(name, ir.serde.serialize_tensor(tensor))
 
 
 def _constant(value: ir.Value) -> ir.TensorProtocol | None:
@@ -185,7 +186,7 @@ def _replace(node: ir.Node, protos: list[NodeProto], scope: Scope) -> None:
     outputs = {value.name: value for each in nodes for value in each.outputs}
     piece.remove(nodes)
     for each in nodes:
-        each.name = node.name if each is nodes[-1] else scope.fresh(f"{node.name}_part")
+        each.name = scope.fresh(f"{node.name}_part") if node.name and each is not nodes[-1] else node.name
         each.metadata_props.update(node.metadata_props)
     kept = [value for value in node.outputs if value.name in outputs]
     inputs = list(known.values())

@@ -16,6 +16,7 @@ from torchferry.graph.forms.schemas import (
     NodeError,
     first_valid,
     form_error,
+    is_end,
     is_standard,
     node_error,
     schema_at,
@@ -92,7 +93,8 @@ def ir_version_for(opset: int) -> int:
 
 def _make_graph_valid(graph: GraphProto, opset: int, scope: Scope) -> None:
     scope.types |= {info.name: info.type for info in graph.input if info.type.WhichOneof("value")}
-    scope.constants |= {tensor.name: tensor for tensor in graph.initializer}
+    for tensor in graph.initializer:
+        scope.hold(tensor.name, tensor)
     nodes: list[NodeProto] = []
     for node in graph.node:
         for inner in subgraphs(node):
@@ -113,7 +115,7 @@ def _make_node_valid(node: NodeProto, opset: int, scope: Scope) -> list[NodeProt
     error = form_error(node, opset)
     if error is None:
         return [node]
-    older = first_valid(node, range(opset - 1, 0, -1))
+    older = first_valid(node, range(opset - 1, _oldest(node, opset) - 1, -1))
     if older is None:
         raise _refusal(node, opset, error)
     made = convert_node(node, older, opset, scope)
@@ -124,6 +126,16 @@ def _make_node_valid(node: NodeProto, opset: int, scope: Scope) -> list[NodeProt
     return made
 
 
+def _oldest(node: NodeProto, opset: int) -> int:
+    """Return the oldest opset to read a node in: not one that gives a default for what has been required long since.
+
+    ``Concat`` without its axis is a slip, not a node of opset 3.
+    """
+    schema = schema_at(node.op_type, opset)
+    required = {name for name, each in schema.attributes.items() if each.required} if schema else set()
+    return 1 if required <= {attribute.name for attribute in node.attribute} else 7
+
+
 def _refusal(node: NodeProto, opset: int, error: NodeError) -> NodeError:
     """Say what is wrong with a node that no opset up to the one wanted allows."""
     newer = first_valid(node, range(opset + 1, NEWEST_OPSET + 1))
@@ -131,14 +143,16 @@ def _refusal(node: NodeProto, opset: int, error: NodeError) -> NodeError:
         message = f"'{node.op_type}' has this form from opset {newer} on, the graph has {opset}: {error.message}"
         return node_error(node, message, f"ask for opset {newer}")
     known = versions(node.op_type)
-    if newer is None and known and known[-1].deprecated:  # against the last form that it had
+    if newer is None and known and is_end(known[-1]):  # against the last form that it had
         return form_error(node, known[-1].since_version - 1) or error
     return error
 
 
 def _shape_error(node: NodeProto, opset: int, scope: Scope) -> NodeError | None:
     """Say why the shapes of a node's inputs do not fit; None if they do, or are not known."""
-    if any(scope.shape(name) is None for name in node.input if name) or any(True for _ in subgraphs(node)):
+    schema = schema_at(node.op_type, opset)
+    is_told = schema is not None and schema.has_type_and_shape_inference_function  # what function bodies tell is unsure
+    if not is_told or any(scope.shape(name) is None for name in node.input if name) or any(subgraphs(node)):
         return None
     model = scope.model([node], opset)
     del model.graph.output[:]

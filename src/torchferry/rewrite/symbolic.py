@@ -7,6 +7,7 @@ returns what ``g.op(...)`` gave. The exporter runs it where the traced graph has
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -231,7 +232,7 @@ def symbolic_target(record: Record) -> tuple[Hashable, SymbolicTarget] | Missing
     if "::" in name:
         namespace, _, operator = name.partition("::")
         return _operator(namespace or "aten", operator)
-    if record.is_pytorch or "." not in name:
+    if record.is_pytorch or "." not in name or _is_overload(name):
         return _operator("aten", name.removeprefix("aten."))
     found = find(name)
     if isinstance(found, Missing):
@@ -260,6 +261,12 @@ def torch_records(opset: int) -> tuple[SymbolicRecord, ...]:
         if versions:
             records.append(SymbolicRecord(name, overrides[max(versions)]))
     return tuple(records)
+
+
+def _is_overload(name: str) -> bool:
+    """Tell ``squeeze.dim`` from the path of a Function."""
+    top, _, rest = name.partition(".")
+    return "." not in rest and hasattr(torch.ops.aten, top) and importlib.util.find_spec(top) is None
 
 
 def _operator(namespace: str, name: str) -> tuple[Hashable, SymbolicTarget] | Missing:

@@ -55,11 +55,14 @@ def convert_node(node: NodeProto, source: int, target: int, scope: Scope) -> lis
     before, after = schema_at(node.op_type, source), schema_at(node.op_type, target)
     if not is_standard(node) or (before and after and before.since_version == after.since_version):
         return [node]
-    if before is None and form_error(node, target) is None:
+    if before is None:
+        error = form_error(node, target)
+        if error:
+            raise error
         return [node]  # an adapter has written it for the target already
     if any(attribute.ref_attr_name for attribute in node.attribute):
         raise _refusal(node, target, "its attributes are given by the function that it stands in")
-    if any(True for _ in subgraphs(node)):
+    if any(subgraphs(node)):
         return [_control_flow(node, source, target)]
     own = _own_adapter(node, source, target, scope)
     if own is not None:
@@ -112,7 +115,8 @@ def _convert_generally(node: NodeProto, source: int, target: int, scope: Scope) 
         converted, refusal = _by_converter(node, source, target, scope)
         if not refusal:
             return _checked(node, converted, target, scope)
-        reason = reason or refusal
+        # That it has no adapter says nothing to the user, any other reason does.
+        reason = reason if reason and "Adapter" in refusal else refusal
     expanded = _expand(node, source, target, scope)
     if expanded is not None:
         return expanded

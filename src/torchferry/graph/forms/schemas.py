@@ -74,7 +74,12 @@ def _history() -> dict[str, tuple[OpSchema, ...]]:
 def schema_at(operator: str, opset: int) -> OpSchema | None:
     """Return what holds for an operator at an opset; None if it does not exist there, or no longer does."""
     until = [each for each in versions(operator) if each.since_version <= opset]
-    return until[-1] if until and not until[-1].deprecated else None
+    return until[-1] if until and not is_end(until[-1]) else None
+
+
+def is_end(schema: OpSchema) -> bool:
+    """Tell whether a version takes an operator away; one that a better one followed may be used until then."""
+    return schema.deprecated and versions(schema.name)[-1].since_version == schema.since_version
 
 
 def subgraphs(node: NodeProto) -> Iterator[onnx.GraphProto]:

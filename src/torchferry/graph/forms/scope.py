@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, TypeProto, ValueInfoProto, helper, numpy_helper
 
@@ -13,10 +14,18 @@ from torchferry.graph.forms.schemas import is_standard, subgraphs
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import numpy as np
-
 # The one-node models are never stored, so any version that has what the converter needs will do.
 _IR_VERSION = 8
+# Constants up to this size may be axes, sizes or pads, which operators had as attributes once; others are weights.
+SMALL_BYTES = 4096
+# The attributes of a Constant that hold numbers.
+_NUMBERS = {
+    "value": None,
+    "value_float": np.float32,
+    "value_floats": np.float32,
+    "value_int": np.int64,
+    "value_ints": np.int64,
+}
 
 
 @dataclass
@@ -25,7 +34,7 @@ class Scope:
 
     Attributes:
         types: Types by name, as far as they are known.
-        constants: Values that are known; small ones, such as axes and sizes.
+        constants: Values that are known, small ones alone.
         taken: Names in use, which new values must not take.
     """
 
@@ -45,9 +54,6 @@ class Scope:
 
     def type_of(self, name: str) -> TypeProto | None:
         """Return the type of a value; None if it is not known."""
-        if name in self.constants and name not in self.types:
-            tensor = self.constants[name]
-            return helper.make_tensor_type_proto(tensor.data_type, tensor.dims)
         return self.types.get(name)
 
     def constant(self, name: str) -> np.ndarray | None:
@@ -66,14 +72,22 @@ class Scope:
             return None
         return [d.dim_value if d.HasField("dim_value") else None for d in known.tensor_type.shape.dim]
 
+    def hold(self, name: str, tensor: TensorProto) -> None:
+        """Record a constant: its value if it is small, else its type."""
+        self.types.setdefault(name, helper.make_tensor_type_proto(tensor.data_type, tensor.dims))
+        if tensor.ByteSize() <= SMALL_BYTES:
+            self.constants[name] = tensor
+
     def learn(self, nodes: Iterable[NodeProto], opset: int) -> None:
         """Record what ONNX infers about the outputs of nodes that are valid at an opset."""
-        nodes = list(nodes)
+        computed = []
         for node in nodes:
-            value = next((a.t for a in node.attribute if a.name == "value"), None)
-            if node.op_type == "Constant" and value is not None:
-                self.constants[node.output[0]] = value
-        model = self.model(nodes, opset)
+            value = constant_value(node)
+            if value is None:
+                computed.append(node)
+            else:
+                self.hold(node.output[0], value)
+        model = self.model(computed, opset)
         # Graph outputs without a type would be refused as such; what is no output gets its type in value_info.
         del model.graph.output[:]
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
@@ -102,6 +116,19 @@ class Scope:
 
     def _info(self, name: str) -> ValueInfoProto:
         return ValueInfoProto(name=name, type=self.types.get(name))
+
+
+def constant_value(node: NodeProto) -> TensorProto | None:
+    """Return the value of a Constant of numbers; None for any other node."""
+    if node.op_type != "Constant" or not is_standard(node) or len(node.attribute) != 1:
+        return None
+    (attribute,) = node.attribute
+    if attribute.ref_attr_name or attribute.name not in _NUMBERS:
+        return None
+    if attribute.name == "value":
+        tensor: TensorProto = attribute.t
+        return tensor
+    return numpy_helper.from_array(np.asarray(helper.get_attribute_value(attribute), _NUMBERS[attribute.name]))
 
 
 def used_names(node: NodeProto) -> list[str]:
