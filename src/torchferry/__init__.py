@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torchferry.core.report import Finding, Report
     from torchferry.core.signature import DimRange, Signature
     from torchferry.core.target import Target
+    from torchferry.exporter.custom_op import custom_op
     from torchferry.exporter.source import Source
     from torchferry.graph.exported import Exported
     from torchferry.package import Package, Postprocess, Preprocess, load, pack
@@ -66,6 +67,7 @@ _HOMES = {
     "Tolerance": "torchferry.core.compare",
     "TorchferryError": "torchferry.core.errors",
     "compile": "torchferry.backends",
+    "custom_op": "torchferry.exporter.custom_op",
     "deploy": "torchferry.pipeline.deploy",
     "export": "torchferry.pipeline.export",
     "load": "torchferry.package",
@@ -94,6 +96,7 @@ __all__ = [
     "TorchferryError",
     "__version__",
     "compile",
+    "custom_op",
     "deploy",
     "export",
     "load",

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.export import Dim
 from torch.utils import _pytree as pytree
@@ -30,6 +29,7 @@ from torchferry.core.report import Finding, Report
 from torchferry.core.target import Target
 from torchferry.exporter import Source
 from torchferry.exporter.capture import evaluation_mode
+from torchferry.exporter.custom_op import CustomOp
 from torchferry.exporter.inputs import Call, as_call, to_numpy
 from torchferry.pipeline.export import export
 from torchferry.verification.sizes import first_line, run_torch
@@ -65,7 +65,8 @@ def assert_op(
     never exported. Cases that differ in a rank, a dtype, a number or their structure have graphs of their own.
 
     Args:
-        fn: A function of tensors, a ``torch.nn.Module``, or the ``apply`` of a ``torch.autograd.Function``.
+        fn: A function of tensors, a ``torch.nn.Module``, the ``apply`` of a ``torch.autograd.Function``, or what
+            ``custom_op`` gave, which ``torch.library.opcheck`` looks at too.
         inputs: A case, or a list of cases. A case is a tuple of positional arguments or a dict of keyword arguments. A
             tuple of ints among them, also inside a list or dict, is a shape and becomes a random tensor; all else is
             handed over as it is, so give sizes and axes that ``fn`` wants as ints in a list.
@@ -167,14 +168,16 @@ def _module(fn: Any, dtype: torch.dtype | None) -> torch.nn.Module:
             f"an operator must be a function or a torch.nn.Module, got {fn!r}",
             hint="make an instance of a module's class; give the apply of an autograd.Function",
         )
-    forward = fn
+
     try:
-        inspect.signature(fn)
-    except ValueError:  # a function in C
+        signature = inspect.signature(fn)
+    except ValueError:  # a function in C, whose keywords are not known
+        signature = inspect.Signature([inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)])
 
-        def forward(*inputs: Any) -> Any:
-            return fn(*inputs)
+    def forward(*inputs: Any, **keywords: Any) -> Any:
+        return fn(*inputs, **keywords)
 
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     module: torch.nn.Module = type(_name(fn), (torch.nn.Module,), {"forward": staticmethod(forward)})()
     return module
 
@@ -198,8 +201,17 @@ def _cases(fn: Any, cases: Sequence[Any], dtype: torch.dtype | None, seed: int) 
                 expected = tuple(map(to_numpy, run_torch(source, tensors)))
         except Exception as exc:
             raise ModelError(f"{_name(fn)} fails in PyTorch at {label}: {first_line(exc)}") from exc
+        if isinstance(fn, CustomOp):
+            _check_with_torch(fn, source.call, label)
         result.append(_Case(label, source, tensors, expected))
     return result
+
+
+def _check_with_torch(op: CustomOp, call: Call, label: str) -> None:
+    try:
+        op.opcheck(*call[0], **call[1])
+    except Exception as exc:
+        raise AssertionError(f"torch.library.opcheck refuses '{op.name}' at {label}: {first_line(exc)}") from exc
 
 
 def _shown(leaf: Any) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import torchferry as ferry
-from torchferry.core.errors import ConfigError, ExportError, InputError, ModelError
+from torchferry.core.errors import ConfigError, ExportError, InputError, ModelError, OperatorError
 from torchferry.core.target import Target
 
 
@@ -279,10 +279,28 @@ class TestErrors:
         with pytest.raises(ConfigError, match="Source"):
             ferry.export(source, torch.rand(2))
 
-    def test_an_opset_that_torch_does_not_deliver_is_refused(self):
-        with pytest.raises(ExportError, match="opset 13"):
-            ferry.export(nn.ReLU().eval(), torch.rand(2), target=Target(opset=13))
-        assert ferry.export(nn.ReLU().eval(), torch.rand(2), target=Target(opset=21)).model.opset_imports[""] == 21
+    @pytest.mark.parametrize("opset", [9, 11, 13, 17, 18, 21, 24])
+    def test_every_opset_that_can_be_converted_to_is_delivered(self, opset, tmp_path):
+        model = TwoConvolutions().eval()
+        target = Target(opset=opset)
+        exported = ferry.export(model, torch.rand(1, 3, 8, 8), target=target, dynamic_shapes={"image": {0: "n"}})
+        assert exported.model.opset_imports[""] == opset
+        mean = next(node for node in exported.model.graph if node.op_type == "ReduceMean")
+        assert "return image.mean(dim=(2, 3))" in str(exported.provenance(mean))
+        image = torch.rand(3, 3, 8, 8)
+        with torch.no_grad():
+            expected = model(image)
+        np.testing.assert_allclose(only(outputs(exported, tmp_path, image=image)), expected, atol=1e-5)
+
+    def test_an_opset_that_cannot_be_converted_to_names_the_operator_and_its_line(self):
+        class Model(nn.Module):
+            def forward(self, x):
+                return torch.tril(x)
+
+        with pytest.raises(OperatorError, match="Trilu.* 13") as caught:
+            ferry.export(Model().eval(), torch.rand(3, 3), target=Target(opset=13))
+        assert "return torch.tril(x)" in caught.value.where
+        assert "opset 14" in caught.value.hint
 
 
 def test_a_target_without_its_engine_can_be_exported_for():

@@ -166,7 +166,7 @@ class TestWhereTheShapeComesFrom:
         assert exported.signature.outputs[0].shape == (3, 7)
         assert "ONNX shape inference" in finding(exported, "function-shape")[0]
 
-    def test_nothing_but_the_example(self):
+    def test_running_it_at_several_sizes(self, run):
         class Unknown(Function):
             @staticmethod
             def symbolic(g, x, y):
@@ -175,20 +175,41 @@ class TestWhereTheShapeComesFrom:
             @staticmethod
             def forward(ctx, x, y):
                 both = x.numpy() + y.numpy()
-                return torch.from_numpy(both), torch.from_numpy(both.argmax(axis=1))
+                return torch.from_numpy(np.repeat(both, 2, axis=1)), torch.from_numpy(both.argmax(axis=1))
 
         class Model(nn.Module):
             def forward(self, x, y):
                 values, places = Unknown.apply(x, y)
                 return values * 2, places + 1
 
-        exported = ferry.export(Model().eval(), (torch.rand(3, 4), torch.rand(3, 4)))
+        dynamic = {"x": {0: "n"}, "y": {0: "n"}}
+        exported = ferry.export(Model().eval(), (torch.rand(3, 4), torch.rand(3, 4)), dynamic_shapes=dynamic)
         values, places = exported.signature.outputs
-        assert (values.dtype, len(values.shape)) == ("float32", 2)
-        assert (places.dtype, len(places.shape)) == ("int64", 1)
-        assert not any(isinstance(size, int) for size in values.shape)
-        assert "unknown sizes of the rank and dtype that the example has" in finding(exported, "function-shape")[0]
+        assert (values.dtype, places.dtype) == ("float32", "int64")
+        assert (values.shape, places.shape) == (("n", 8), ("n",))
+        (found,) = [f for f in exported.report.findings if f.code == "function-shape"]
+        assert found.severity == "warning"
+        assert "forward run for real at several sizes" in found.message
         assert exported.model.opset_imports["own"] == 1
+
+    def test_nothing_but_the_example(self):
+        class Found(Function):
+            @staticmethod
+            def symbolic(g, x):
+                return g.op("own::Found", x)
+
+            @staticmethod
+            def forward(ctx, x):
+                return torch.from_numpy(x.numpy()[x.numpy() > 0.5])
+
+        class Model(nn.Module):
+            def forward(self, x):
+                return Found.apply(x) * 2
+
+        exported = ferry.export(Model().eval(), (torch.rand(30, 4),))
+        (output,) = exported.signature.outputs
+        assert (output.dtype, len(output.shape)) == ("float32", 1)
+        assert not isinstance(output.shape[0], int)
 
 
 class TestHowItIsCalled:
@@ -433,6 +454,6 @@ class TestWrongSymbolics:
             def forward(self, x):
                 return Shifted.apply(x, x.sum().item())
 
-        with pytest.raises(ExportError, match="SymFloat, a number known only while running") as caught:
+        with pytest.raises(ExportError, match="is called with a number known only while running") as caught:
             ferry.export(Model().eval(), (torch.rand(2),))
         assert "as a tensor" in caught.value.hint

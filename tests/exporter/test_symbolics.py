@@ -209,7 +209,7 @@ class TestOldForms:
             ("unsqueeze", lambda x: x.unsqueeze(1), lambda g, x, *_: g.op("Unsqueeze", x, axes_i=[1])),
             ("sum", lambda x: x.sum(1), lambda g, x, *_: g.op("ReduceSum", x, axes_i=[1], keepdims_i=0)),
             ("clamp", lambda x: x.clamp(-1, 1), lambda g, x, *_: g.op("Clip", x, min_f=-1.0, max_f=1.0)),
-            ("slice", lambda x: x[:, 1:3], lambda g, *args: old_slice(g, *args)),
+            ("slice", lambda x: x[:, 1:3], old_slice),
             (
                 "pad",
                 lambda x: nn.functional.pad(x, (1, 2), value=3.0),
@@ -314,3 +314,20 @@ def test_nothing_is_left_registered(symbolics):
     plain = export(torch.asinh, torch.rand(2))
     assert [(node.domain, node.op_type) for node in plain.model.graph] == [("", "Asinh")]
     np.testing.assert_array_equal(torch.asinh(torch.zeros(1)).numpy(), [0])
+
+
+class TestAgainstOurOwnRules:
+    """A rule of ours for the same operator stands back: what the user says goes."""
+
+    @pytest.mark.parametrize(
+        ("name", "function"),
+        [
+            ("adaptive_avg_pool2d", lambda x: nn.functional.adaptive_avg_pool2d(x, (2, 2))),
+            ("linalg_inv", torch.linalg.inv),
+            ("inverse", torch.inverse),
+        ],
+    )
+    def test_the_symbolic_is_used(self, symbolics, name, function):
+        symbolics.register_symbolic(name)(lambda g, x, *_: g.op("own::Thing", x))
+        exported = export(function, torch.rand(1, 3, 4, 4), symbolic_rewriter=symbolics)
+        assert operators(exported) == ["Thing"]

@@ -27,6 +27,7 @@ NAMES = [
     "TorchferryError",
     "__version__",
     "compile",
+    "custom_op",
     "deploy",
     "export",
     "load",

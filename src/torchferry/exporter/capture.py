@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx.experimental import _config
-from torch.onnx._constants import ONNX_DEFAULT_OPSET
+from torch.onnx._constants import ONNX_DEFAULT_OPSET, ONNX_MAX_OPSET
+from torch.onnx._internal.exporter._constants import TORCHLIB_OPSET
+from torch.onnx._internal.exporter._flags import set_onnx_exporting_flag
 
 from torchferry.core.errors import ConfigError, ExportError, FrozenDimensionError, OperatorError, TorchferryError
 from torchferry.core.report import Finding, Report
 from torchferry.core.signature import Signature
 from torchferry.exporter import dimensions, guards
 from torchferry.exporter.failures import export_error
+from torchferry.exporter.lost import lost_inputs
 from torchferry.exporter.quiet import quiet
 from torchferry.exporter.symbolics import Symbolics
 from torchferry.exporter.translations import TRANSLATIONS
 from torchferry.graph import Exported
+from torchferry.graph.opset import convert_opset
 from torchferry.graph.provenance import record_provenance
 from torchferry.graph.reading import tensor_spec
 
@@ -62,13 +66,17 @@ def capture(source: Source, target: Target, rewriting: Callable[[], RewriterCont
         program, context, symbolics = _trace(source, declared, target, rewriting)
         try:
             model = _translate(program, source, target, symbolics)
+            function_findings = symbolics.findings()
         finally:
             symbolics.functions.close()
+        _name_values(model, names, source.output_names)
+        lost = lost_inputs(model, source)
     traced = guards.read_dimensions(program, names, declared)  # only now: the translation may add guards
-    _name_values(model, names, source.output_names)
     guards.rename_symbols(model, traced.symbols)
     record_provenance(model)
-    findings = [*traced.findings, *symbolics.findings()]
+    if target.opset is not None:
+        model = convert_opset(model, target.opset)
+    findings = [*traced.findings, *function_findings, *lost]
     if was_training:
         findings.append(
             Finding(
@@ -146,7 +154,7 @@ def _attempt(
     """Trace in one way; a second time if what a Function returns is known only from running the model."""
     with rewriting() as context:
         assert context.model is not None  # it was given one
-        symbolics = Symbolics(context.symbolics, target.opset or ONNX_DEFAULT_OPSET)
+        symbolics = Symbolics(context.symbolics, min(target.opset or ONNX_DEFAULT_OPSET, ONNX_MAX_OPSET))
         functions = symbolics.functions
         shapes = dimensions.torch_dynamic_shapes(context.model, call, source.names, declared)
         try:
@@ -173,34 +181,37 @@ def _torch_export(
         guards.user_lines(__file__),
         _config.patch(backed_size_oblivious=oblivious),  # type: ignore[attr-defined]
     ):
-        return torch.export.export(model, call[0], call[1] or None, dynamic_shapes=dynamic_shapes, strict=False)
+        # As torch.onnx does, for models that ask is_in_onnx_export().
+        export = set_onnx_exporting_flag(torch.export.export)
+        return export(model, call[0], call[1] or None, dynamic_shapes=dynamic_shapes, strict=False)
 
 
 def _translate(program: torch.export.ExportedProgram, source: Source, target: Target, symbolics: Symbolics) -> ir.Model:
+    translations = {**TRANSLATIONS, **symbolics.translations()}
     try:
         with quiet(), torch.no_grad():
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=target.opset,
-                custom_translation_table={**TRANSLATIONS, **symbolics.translations()},
+                opset_version=_asked_of_torch(target),
+                custom_translation_table=translations,
                 optimize=False,
                 verbose=False,
             )
             assert onnx_program is not None
             symbolics.expand(onnx_program.model)
             onnx_program.optimize()
+            symbolics.add_functions(onnx_program.model)
     except (KeyboardInterrupt, MemoryError, OperatorError):
         raise
     except Exception as exc:
-        raise export_error(exc, source, program) from exc
-    delivered = onnx_program.model.opset_imports.get("")
-    if target.opset is not None and delivered != target.opset:
-        raise ExportError(
-            f"opset {target.opset} was asked for, torch.onnx delivers {delivered}",
-            hint=f"ask for opset {delivered}, or leave the opset out",
-        )
+        raise export_error(exc, source, program, opset=target.opset, translations=translations) from exc
     return onnx_program.model
+
+
+def _asked_of_torch(target: Target) -> int | None:
+    """Return the opset to ask torch.onnx for: of earlier ones it delivers some, drops metadata for others."""
+    return None if target.opset is None else min(max(target.opset, TORCHLIB_OPSET), ONNX_MAX_OPSET)
 
 
 def _name_values(model: ir.Model, names: InputNames, output_names: tuple[str, ...]) -> None:

@@ -9,18 +9,35 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchferry.core.errors import ExportError, ModelError, TorchferryError
+from torchferry.exporter.missing import is_operator_missing, operator_error
 from torchferry.exporter.quiet import quiet
 from torchferry.graph.provenance import is_library, user_line
 
 if TYPE_CHECKING:
+    from torchferry.exporter.operators import Translations
     from torchferry.exporter.source import Source
 
 _MAX_LINES = 6
+_HINT = "change this line so that it does not depend on tensor values, or keep it out of what is exported"
+# Torch's words for a number in a tensor that Python needs at once.
+_NEEDS_A_NUMBER = ("data-dependent expression", "is not supported for tensor subclasses")
+_NEEDS_A_NUMBER_HINT = (
+    "what a tensor holds is not known while exporting, and would be fixed in the graph: take a number out by .item() "
+    "or .tolist() and hand it on as it is, without int(), float() or a comparison; or write this step as an "
+    "autograd.Function with a symbolic"
+)
+_NO_FAKE = "no fake impl registered"  # torch's words for an operator that it cannot trace
+_NO_FAKE_HINT = "register one that returns an empty tensor of the right dtype and sizes"
 _NODE = re.compile(r"translating node %(\w+) ")
 
 
 def export_error(
-    exc: Exception, source: Source, program: torch.export.ExportedProgram | None = None
+    exc: Exception,
+    source: Source,
+    program: torch.export.ExportedProgram | None = None,
+    *,
+    opset: int | None = None,
+    translations: Translations | None = None,
 ) -> TorchferryError:
     """Word a failure of torch.export or torch.onnx.
 
@@ -28,9 +45,12 @@ def export_error(
         exc: What was raised.
         source: The model and its example.
         program: The traced program, where tracing worked and translating failed.
+        opset: The opset that was asked for; torch's default if None.
+        translations: What went before torch's own translations; ``TRANSLATIONS`` if None.
 
     Returns:
-        A ``ModelError`` if the module fails on its example in plain PyTorch as well, else an ``ExportError``.
+        A ``ModelError`` if the module fails on its example in plain PyTorch as well; an ``OperatorError`` if operators
+        have no translation; else an ``ExportError``.
     """
     try:
         with torch.no_grad():
@@ -42,12 +62,22 @@ def export_error(
             hint="make model(*inputs) work first",
         )
     root = _root(exc)
+    if program is not None and (is_operator_missing(root) or is_operator_missing(exc)):
+        lacking = operator_error(program, type(source.model).__name__, opset, translations)
+        if lacking is not None:
+            return lacking
     where = users_frames(root) or users_frames(exc) or _node_line(exc, program)
     return ExportError(
         f"torch cannot export {type(source.model).__name__}: {_first_lines(str(root) or type(root).__name__)}",
         where=where,
-        hint="change this line so that it does not depend on tensor values, or keep it out of what is exported",
+        hint=_hint(str(root)),
     )
+
+
+def _hint(message: str) -> str:
+    if _NO_FAKE in message:
+        return _NO_FAKE_HINT
+    return _NEEDS_A_NUMBER_HINT if any(words in message for words in _NEEDS_A_NUMBER) else _HINT
 
 
 def users_frames(exc: BaseException) -> str | None:

@@ -8,6 +8,7 @@ rank and dtype that the model has on its example.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from torchferry.rewrite.patching import function_patch
 from torchferry.rewrite.state import CALLS, STATE, quietly
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import onnx
 
@@ -60,26 +61,31 @@ class FunctionCall:
     """One call of an ``autograd.Function`` in the traced graph.
 
     Attributes:
-        cls: The class.
+        run: Calls the class's forward; or what computes an operator.
         symbolic: What it becomes.
         args: The arguments, each tensor and each dynamic size replaced by a ``Slot``.
         opsets: What the symbolic is told, and that of the graph.
         seen: The same call in the model's run on its example; None if that was not watched.
+        can_be_seen: Whether the model may be run on its example to learn what it cannot be learnt otherwise.
         source: Where the results' dtype and sizes come from, in words; empty until they were asked for.
+        is_measured: Whether some of the sizes are only what was seen.
         structure: How the results were returned.
     """
 
-    cls: type[torch.autograd.Function]
+    run: Callable[..., Any]
     symbolic: Symbolic
     args: tuple[Any, ...]
     opsets: tuple[int, int]
     seen: Seen | None = None
+    can_be_seen: bool = True
     source: str = ""
+    is_measured: bool = False
     structure: Any = field(default=None, repr=False)
+    _before: tuple[list[list[Any]], list[torch.dtype | None]] | None = field(default=None, repr=False)
 
     def forward(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
-        """Run the class's own forward."""
-        result = _APPLY.origin()(self.cls, *fill(self.args, inputs))
+        """Run it."""
+        result = self.run(*fill(self.args, inputs))
         leaves, spec = pytree.tree_flatten(result, is_leaf=lambda leaf: leaf is None)
         self.structure = spec, [isinstance(leaf, torch.Tensor) for leaf in leaves]
         return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -95,26 +101,38 @@ class FunctionCall:
         try:
             return self._by_forward(inputs)
         except Exception as exc:  # noqa: BLE001 - forward may do anything that fake tensors cannot
+            if self._before is not None:  # torch.export has traced, now torch.onnx decomposes
+                return _empty(*self._before, inputs)
             reason = str(exc).strip().splitlines()
             refused = f"forward does not run on fake tensors: {reason[0] if reason else type(exc).__name__}"
         types_in = [_value_type(value) for value in inputs]
         fragment = run_symbolic(self.symbolic, self.args, types_in, *self.opsets, constants_as_values=False)
         types = [_inferred_type(value) for value in fragment.model.graph.output]
         self.source = f"ONNX shape inference, for {refused}"
-        if any(t.dtype is None or t.shape is None for t in types):
-            if self.seen is None:
-                raise UnseenError(self.symbolic.name)
-            sizes = measured_sizes(self.forward, inputs, self.seen.tensors)
-            if sizes is not None and len(sizes) == len(self.seen.types):
-                self.source = f"forward run for real at several sizes, for {refused}"
-                return _empty(sizes, [seen.dtype for seen in self.seen.types], inputs)
-            types = [_combined(t, seen) for t, seen in zip(types, self.seen.types, strict=False)]
-            self.source = f"unknown sizes of the rank and dtype that the example has, for {refused}"
         leaves = [0] * len(types)
         self.structure = pytree.tree_flatten(tuple(leaves) if fragment.is_tuple else 0)[1], [True] * len(types)
         known = {str(size): size for value in inputs for size in _sizes(value) if not isinstance(size, int)}
-        named = [[size if isinstance(size, int) else known.get(str(size)) for size in t.shape or ()] for t in types]
-        return _empty(named, [t.dtype for t in types], inputs)
+        shapes = [
+            None if t.shape is None else [n if isinstance(n, int) else known.get(str(n)) for n in t.shape]
+            for t in types
+        ]
+        dtypes = [t.dtype for t in types]
+        is_ranked = None not in dtypes and None not in shapes
+        is_complete = is_ranked and not any(None in (shape or ()) for shape in shapes)
+        if not is_complete and self.seen is None and (self.can_be_seen or not is_ranked):
+            raise UnseenError(self.symbolic.name)
+        if not is_complete and self.seen is not None:
+            dtypes = [dtype or seen.dtype for dtype, seen in zip(dtypes, self.seen.types, strict=False)]
+            sizes = measured_sizes(self.forward, inputs, self.seen.tensors)
+            if sizes is None:
+                sizes = [[None] * len(seen.shape or ()) for seen in self.seen.types]
+                self.source = f"unknown sizes of the rank and dtype that the example has, for {refused}"
+            else:
+                self.source = f"forward run for real at several sizes, for {refused}"
+                self.is_measured = True
+            shapes = [_completed(shape, own) for shape, own in zip(shapes, sizes, strict=False)]
+        self._before = [shape or [] for shape in shapes], dtypes
+        return _empty(*self._before, inputs)
 
     def _by_forward(self, inputs: Sequence[Any]) -> list[torch.Tensor]:
         mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
@@ -125,13 +143,11 @@ class FunctionCall:
         for value in inputs:
             known.update(*(size.node.expr.free_symbols for size in _sizes(value) if not isinstance(size, int)))
         sizes = [
-            [_known_size(size, other, known) for size, other in zip(output.shape, second.shape, strict=True)]
+            [n if _is_known(n, other, known) else None for n, other in zip(output.shape, second.shape, strict=True)]
             for output, second in zip(outputs, again, strict=True)
         ]
-        return [
-            torch.empty(shape, dtype=output.dtype, device=output.device)
-            for shape, output in zip(sizes, outputs, strict=True)
-        ]
+        self._before = sizes, [output.dtype for output in outputs]
+        return _empty(*self._before, inputs)
 
 
 @contextmanager
@@ -177,7 +193,7 @@ class Functions:
         opsets: What they are told, and that of the graph.
 
     Attributes:
-        calls: Those that stand in the graph, by number; also some of attempts that were given up.
+        calls: Those that stand in the graph, by number.
         is_unseen: Whether tracing failed for want of ``watch``.
     """
 
@@ -216,6 +232,7 @@ class Functions:
         """Forget the calls; the graph that they stand in can then be translated no more."""
         for number in self.calls:
             _CALLS.pop(number, None)
+        self.calls.clear()
 
     def symbolic(self, cls: type) -> Symbolic | None:
         """Return what a class of Function becomes; None if it is to be traced."""
@@ -249,33 +266,40 @@ class Functions:
         return self._recorded(cls, symbolic, args)
 
     def _recorded(self, cls: type[torch.autograd.Function], symbolic: Symbolic, args: tuple[Any, ...]) -> Any:
-        leaves, spec = pytree.tree_flatten(args, is_leaf=lambda leaf: leaf is None)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        sizes = [leaf for leaf in leaves if isinstance(leaf, torch.SymInt)]
-        tensor_slots, size_slots = map(Slot, itertools.count()), map(Slot, itertools.count(len(tensors)))
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor):
-                leaves[index] = next(tensor_slots)
-            elif isinstance(leaf, torch.SymInt):
-                leaves[index] = next(size_slots)
-            elif isinstance(leaf, torch.SymFloat | torch.SymBool):
-                raise OperatorError(
-                    f"'{symbolic.name}' is called with a {type(leaf).__name__}, a number known only while running",
-                    hint="hand it over as a tensor",
-                )
+        inputs, slotted = slots(args)
+        if any(isinstance(leaf, torch.SymFloat | torch.SymBool) for leaf in pytree.tree_leaves(slotted)):
+            raise OperatorError(
+                f"'{symbolic.name}' is called with a number known only while running",
+                hint="hand it over as a tensor",
+            )
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
         ordinal = self._count.get(cls, 0)
         self._count[cls] = ordinal + 1
-        call = FunctionCall(cls, symbolic, pytree.tree_unflatten(leaves, spec), self._opsets)
+        call = FunctionCall(functools.partial(_APPLY.origin(), cls), symbolic, slotted, self._opsets)
         if self._seen is not None and ordinal < len(self._seen.get(cls, ())):
             call.seen = self._seen[cls][ordinal]
         number_ = next(_numbers)
         self.calls[number_] = _CALLS[number_] = call
         try:
-            outputs = FUNCTION(tensors, sizes, number_)
+            outputs = FUNCTION(tensors, inputs[len(tensors) :], number_)
         except UnseenError:
             self.is_unseen = True
             raise
         return call.arranged(outputs)
+
+
+def slots(args: tuple[Any, ...]) -> tuple[list[Any], tuple[Any, ...]]:
+    """Return the tensors among a call's arguments, then the dynamic sizes; and the arguments with slots for these."""
+    leaves, spec = pytree.tree_flatten(args, is_leaf=lambda leaf: leaf is None)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    sizes = [leaf for leaf in leaves if isinstance(leaf, torch.SymInt)]
+    tensor_slots, size_slots = map(Slot, itertools.count()), map(Slot, itertools.count(len(tensors)))
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            leaves[index] = next(tensor_slots)
+        elif isinstance(leaf, torch.SymInt):
+            leaves[index] = next(size_slots)
+    return [*tensors, *sizes], pytree.tree_unflatten(leaves, spec)
 
 
 def fill(args: Any, inputs: Sequence[Any]) -> Any:
@@ -304,20 +328,23 @@ def _sizes(value: Any) -> Sequence[Any]:
     return value.shape if isinstance(value, torch.Tensor) else (value,)
 
 
-def _known_size(size: Any, again: Any, known: set[Any]) -> Any:
-    """Return a size that follows from the inputs' sizes as it is, any other as a dynamic one: also a random one."""
-    if isinstance(size, int) and isinstance(again, int):
-        if size == again:
-            return size
-    elif not isinstance(size, int) and size.node.expr.free_symbols <= known:
-        return size
-    return torch.library.get_ctx().new_dynamic_size()
-
-
-def _size(size: int | str | None, known: Mapping[str, Any]) -> Any:
+def _is_known(size: Any, again: Any, known: set[Any]) -> bool:
+    """Tell whether a size follows from the inputs' sizes, rather than from the data or from chance."""
     if isinstance(size, int):
-        return size
-    return known[size] if size is not None and size in known else torch.library.get_ctx().new_dynamic_size()
+        return isinstance(again, int) and size == again
+    return bool(size.node.expr.free_symbols <= known)
+
+
+def _empty(
+    sizes: Sequence[Sequence[Any]], dtypes: Sequence[torch.dtype | None], inputs: Sequence[Any]
+) -> list[torch.Tensor]:
+    """Return fake tensors of some sizes, a new dynamic one for each that is None."""
+    device = next((value.device for value in inputs if isinstance(value, torch.Tensor)), torch.device("cpu"))
+    context = torch.library.get_ctx()
+    return [
+        torch.empty([context.new_dynamic_size() if n is None else n for n in shape], dtype=dtype, device=device)
+        for shape, dtype in zip(sizes, dtypes, strict=True)
+    ]
 
 
 def _value_type(value: Any) -> ValueType:
@@ -335,9 +362,8 @@ def _inferred_type(value: onnx.ValueInfoProto) -> ValueType:
     return ValueType(dtype, tuple(sizes))
 
 
-def _combined(inferred: ValueType, seen: ValueType) -> ValueType:
-    """Complete what ONNX infers by what the example shows: dtype and rank, but no size."""
-    shape = inferred.shape
-    if shape is None and seen.shape is not None:
-        shape = (None,) * len(seen.shape)
-    return ValueType(inferred.dtype or seen.dtype, shape)
+def _completed(inferred: list[Any] | None, measured: list[Any]) -> list[Any]:
+    """Complete the sizes that ONNX infers by those that were measured."""
+    if inferred is None or len(inferred) != len(measured):
+        return measured
+    return [own if size is None else size for size, own in zip(inferred, measured, strict=True)]

@@ -109,7 +109,16 @@ class InputNames:
         return tuple(args), dict(kwargs)
 
 
+def named_numbers(parameters: inspect.Signature, call: Call) -> list[tuple[str, int | float]]:
+    """Return the numbers among a call's arguments, named as its tensors would be."""
+    return [(name, leaf) for name, leaf in _named_leaves(parameters, call) if type(leaf) in (int, float)]
+
+
 def _named_tensors(parameters: inspect.Signature, call: Call) -> list[tuple[str, torch.Tensor]]:
+    return [(name, leaf) for name, leaf in _named_leaves(parameters, call) if isinstance(leaf, torch.Tensor)]
+
+
+def _named_leaves(parameters: inspect.Signature, call: Call) -> list[tuple[str, Any]]:
     try:
         parameters.bind(*call[0], **call[1])
     except TypeError as exc:
@@ -118,7 +127,7 @@ def _named_tensors(parameters: inspect.Signature, call: Call) -> list[tuple[str,
         ) from exc
     positional = _positional_names(parameters, len(call[0]))
     leaves, _ = pytree.tree_flatten_with_path(call)
-    return [(_path_name(path, positional), leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return [(_path_name(path, positional), leaf) for path, leaf in leaves]
 
 
 def _positional_names(parameters: inspect.Signature, count: int) -> list[str]:

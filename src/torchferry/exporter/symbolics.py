@@ -6,7 +6,6 @@ run, on the types that the placeholders' inputs then have, and what they built t
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +70,8 @@ class Symbolics:
         # What is registered for one overload goes before what is registered for all of an operator.
         self._operators |= {target: symbolic for target, symbolic in chosen.items() if isinstance(target, OpOverload)}
         self._translations: list[_Translation] = []
+        self._bodies: dict[tuple[str, bytes], int] = {}
+        self._onnx_functions: dict[tuple[str, str, str], ir.Function] = {}
 
     def translations(self) -> dict[Callable[..., Any], Callable[..., Any]]:
         """Return what makes the placeholders, in the form of torch.onnx's ``custom_translation_table``."""
@@ -92,16 +93,24 @@ class Symbolics:
         for holder in (model, *graphs):
             holder.opset_imports.pop(_DOMAIN, None)
 
+    def add_functions(self, model: ir.Model) -> None:
+        """Add the ONNX functions that the graph calls; torch.onnx's optimiser would have put their bodies in."""
+        model.functions.update(self._onnx_functions)
+
     def findings(self) -> tuple[Finding, ...]:
         """Return where the sizes come from of what each Function gives."""
-        sources = Counter((call.symbolic.name, call.source) for call in self.functions.calls.values() if call.source)
+        calls = self.functions.calls.values()
+        sources = {(c.symbolic.name, c.source, c.is_measured) for c in calls if c.source}
         return tuple(
             Finding(
                 "function-shape",
-                "info",
+                "warning" if is_measured else "info",
                 f"'{name}' is exported by its symbolic; what it returns has the dtype and sizes of {source}",
+                hint="let forward run on fake tensors, or say the sizes by setType in the symbolic"
+                if is_measured
+                else None,
             )
-            for name, source in sources
+            for name, source, is_measured in sorted(sources)
         )
 
     def _operator(self, overload: OpOverload, symbolic: Symbolic) -> Callable[..., Any]:
@@ -175,12 +184,16 @@ class Symbolics:
                 optional=translation.optional,
             )
             built = ir.from_proto(fragment.model)
+            replaced = list(node.outputs)
             if translation.returns_list and fragment.is_tuple:
                 _join_outputs(built.graph)
             else:
-                _check_outputs(symbolic.name, built.graph.outputs, node.outputs)
+                replaced = _replaced(symbolic.name, node, fragment.is_given)
+                _check_outputs(symbolic.name, built.graph.outputs, replaced)
         except OperatorError as exc:
             raise OperatorError(exc.message, where=exc.where or where, hint=exc.hint) from exc
+        if symbolic.onnx_function is not None:
+            built = self._called(symbolic.onnx_function, built)
         for value, actual in zip(built.graph.inputs, inputs, strict=True):
             value.replace_all_uses_with(actual)
         new = list(built.graph)
@@ -188,6 +201,8 @@ class Symbolics:
         outputs = list(built.graph.outputs)
         built.graph.outputs.clear()
         for inner in _all_nodes(new):
+            for value in inner.outputs:
+                value.shape = None if value.type is None else value.shape  # a size without a type cannot be written
             inner.metadata_props.update(node.metadata_props)
             inner.name = f"{node.name}/{inner.name}"
             for value in inner.outputs:
@@ -197,7 +212,22 @@ class Symbolics:
                 model.opset_imports.setdefault(domain, version)
                 if isinstance(graph, ir.Function):
                     graph.opset_imports.setdefault(domain, version)
-        ir.convenience.replace_nodes_and_values(graph, node, [node], new, node.outputs, outputs)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], new, replaced, outputs)
+
+    def _called(self, name: str, built: ir.Model) -> ir.Model:
+        """Make an ONNX function of what was built; return a graph that calls it."""
+        domain, _, operator = name.partition("::")
+        graph = built.graph
+        body = ir.to_proto(graph).SerializeToString()
+        # Calls with other constants or types have bodies of their own.
+        overload = self._bodies.setdefault((name, body), sum(known == name for known, _ in self._bodies))
+        unique = f"{operator}_{overload}" if overload else operator
+        inputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in graph.inputs]
+        outputs = [ir.Value(name=value.name, type=value.type, shape=value.shape) for value in graph.outputs]
+        graph.opset_imports.update(built.opset_imports)
+        self._onnx_functions[domain, unique, ""] = ir.Function(domain, unique, graph=graph, attributes=[])
+        call = ir.Node(domain, unique, inputs, outputs=outputs, version=1)
+        return ir.Model(ir.Graph(inputs, outputs, nodes=[call], opset_imports={domain: 1}), ir_version=built.ir_version)
 
 
 def _overloads(target: SymbolicTarget) -> Iterator[OpOverload]:
@@ -252,10 +282,20 @@ def _join_outputs(graph: ir.Graph) -> None:
     graph.outputs[:] = joined.outputs
 
 
+def _replaced(name: str, node: ir.Node, is_given: Sequence[bool]) -> list[ir.Value]:
+    """Return the placeholder's outputs that the symbolic gives; it may leave out those that nobody uses."""
+    if sum(is_given) == len(node.outputs):  # an autograd.Function may itself give None
+        return list(node.outputs)
+    if len(is_given) != len(node.outputs):
+        raise OperatorError(f"the symbolic of '{name}' gives {len(is_given)} outputs, PyTorch {len(node.outputs)}")
+    for index, (value, given) in enumerate(zip(node.outputs, is_given, strict=True)):
+        if not given and (value.uses() or value.is_graph_output()):
+            raise OperatorError(f"the symbolic of '{name}' gives None for output {index}, which is used")
+    return [value for value, given in zip(node.outputs, is_given, strict=True) if given]
+
+
 def _check_outputs(name: str, built: Sequence[ir.Value], wanted: Sequence[ir.Value]) -> None:
     """Refuse a symbolic that gives something else than PyTorch, as far as types can tell."""
-    if len(built) != len(wanted):
-        raise OperatorError(f"the symbolic of '{name}' gives {len(built)} outputs, PyTorch {len(wanted)}")
     for index, (value, known) in enumerate(zip(built, wanted, strict=True)):
         if None not in (value.dtype, known.dtype) and value.dtype != known.dtype:
             raise OperatorError(

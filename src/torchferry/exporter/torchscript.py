@@ -8,6 +8,7 @@ values, so that is what a symbolic function gets here: a graph of nothing but th
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,19 @@ if TYPE_CHECKING:
 
 _ONNX = _C._onnx.OperatorExportTypes.ONNX
 _STANDARD = ("", "ai.onnx")
+# Not the attribute of torch.onnx, which is another module.
+_SYMBOLIC_OPSET9 = importlib.import_module("torch.onnx.symbolic_opset9")
+_CASTS = {
+    "Byte": torch.onnx.TensorProtoDataType.UINT8,
+    "Char": torch.onnx.TensorProtoDataType.INT8,
+    "Double": torch.onnx.TensorProtoDataType.DOUBLE,
+    "Float": torch.onnx.TensorProtoDataType.FLOAT,
+    "Half": torch.onnx.TensorProtoDataType.FLOAT16,
+    "Int": torch.onnx.TensorProtoDataType.INT32,
+    "Long": torch.onnx.TensorProtoDataType.INT64,
+    "Short": torch.onnx.TensorProtoDataType.INT16,
+    "Bool": torch.onnx.TensorProtoDataType.BOOL,
+}
 
 
 @dataclass(frozen=True)
@@ -65,10 +79,12 @@ class Fragment:
     Attributes:
         model: A valid graph whose inputs are the call's, in order; typed as far as ONNX can tell.
         is_tuple: Whether the function returned several values rather than one.
+        is_given: For each value that it returned, whether it is an output; else it was None.
     """
 
     model: onnx.ModelProto
     is_tuple: bool
+    is_given: tuple[bool, ...]
 
 
 class _Context(GraphContext):
@@ -143,7 +159,7 @@ def run_symbolic(
             raise OperatorError(
                 f"the symbolic of '{symbolic.name}' fails: {type(exc).__name__}: {exc}", hint=f"it stands at {place}"
             ) from exc
-        returned, is_tuple = _returned(context, returned, symbolic, place)
+        returned, is_tuple, is_given = _returned(context, returned, symbolic, place)
         for value in returned:
             graph.registerOutput(value)
         try:
@@ -160,7 +176,9 @@ def run_symbolic(
     for value, given in zip(model.graph.input, inputs, strict=True):
         _name_sizes(value, given)
     _forget_types(model.graph)
-    return Fragment(onnx.shape_inference.infer_shapes(make_valid(model, graph_opset), data_prop=True), is_tuple)
+    return Fragment(
+        onnx.shape_inference.infer_shapes(make_valid(model, graph_opset), data_prop=True), is_tuple, is_given
+    )
 
 
 @contextmanager
@@ -172,10 +190,30 @@ def _exporting(opset: int) -> Iterator[None]:
         with (
             _disable_current_modes(),
             _C.DisableTorchFunction(),
+            _old_names(),
         ):  # it makes real tensors, even while torch.export traces
             yield
     finally:
         GLOBALS.export_onnx_opset_version, GLOBALS.in_onnx_export, GLOBALS.operator_export_type = before
+
+
+@contextmanager
+def _old_names() -> Iterator[None]:
+    """Put back inside the block what old symbolic functions use and torch has dropped."""
+    old: list[tuple[Any, str, Any]] = [(_C.Node, "__getitem__", symbolic_helper._node_get)]
+    old += [(_SYMBOLIC_OPSET9, f"_cast_{name}", functools.partial(_cast, to)) for name, to in _CASTS.items()]
+    added = [(owner, name, value) for owner, name, value in old if not hasattr(owner, name)]
+    try:
+        for owner, name, value in added:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, _ in added:
+            delattr(owner, name)
+
+
+def _cast(to: torch.onnx.TensorProtoDataType, g: Any, value: Any, non_blocking: Any = None) -> Any:  # noqa: ARG001
+    return g.op("Cast", value, to_i=to)
 
 
 def _add_input(graph: Any, name: str, given: ValueType) -> Any:
@@ -276,8 +314,12 @@ def _parsed(symbolic: Symbolic) -> Callable[..., Any]:
         return symbolic(g, *args, **kwargs)
 
     functools.update_wrapper(call, symbolic.function)
-    parameters = list(_parameters(symbolic).values())
-    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    # parse_args takes as many arguments as it finds names for.
+    names = [f"argument_{index}" for index in range(len(symbolic.arg_descriptors))]
+    named = [n for n, p in _parameters(symbolic).items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
+    names[: len(named)] = named[: len(names)]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    call.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in ("g", *names)])  # type: ignore[attr-defined]
     parse: Any = symbolic_helper.parse_args
     parsed: Callable[..., Any] = parse(*symbolic.arg_descriptors)(call)
     return parsed
@@ -305,11 +347,15 @@ def _accepted(symbolic: Symbolic, given: int, optional: int) -> int:
     return max(min(limits), given - optional)
 
 
-def _returned(context: GraphContext, returned: Any, symbolic: Symbolic, place: str) -> tuple[list[Any], bool]:
+def _returned(
+    context: GraphContext, returned: Any, symbolic: Symbolic, place: str
+) -> tuple[list[Any], bool, tuple[bool, ...]]:
     is_tuple = isinstance(returned, list | tuple)
     values = list(returned) if is_tuple else [returned]
     if is_tuple is False and isinstance(returned, _C.Value) and returned.node().kind() == "prim::ListConstruct":
         values, is_tuple = list(returned.node().inputs()), True
+    is_given = tuple(value is not None or not is_tuple for value in values)
+    values = [value for value, given in zip(values, is_given, strict=True) if given]
     for value in values:
         if not isinstance(value, _C.Value):
             raise OperatorError(
@@ -322,7 +368,7 @@ def _returned(context: GraphContext, returned: Any, symbolic: Symbolic, place: s
         if value in seen:
             values[index] = context.op("Identity", value)
         seen.add(value)
-    return values, is_tuple
+    return values, is_tuple, is_given
 
 
 def _place(function: Any) -> str:

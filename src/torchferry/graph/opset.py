@@ -101,18 +101,19 @@ def _convert_nodes(root: ir.Graph | ir.Function, source: int, target: int) -> li
 
 
 def _convert(node: ir.Node, source: int, target: int, scope: Scope) -> None:
-    if node.op_type == "Constant" and "value" in node.attributes:  # it may be large, and has the same form everywhere
+    """Put what a node is at the target in its place."""
+    if node.op_type == "Constant" and "value" in node.attributes:  # it may be large, and has one form everywhere
         error = type_error(NodeProto(op_type="Constant", output=[node.outputs[0].name or ""]), target, scope.type_of)
-        made = proto = None
     else:
         proto = _proto(node)
         made = convert_node(proto, source, target, scope)
-        error = form_error(proto, target) if made == [proto] else None
+        if made != [proto]:
+            _replace(node, made, scope)
+            return
+        error = form_error(proto, target)
     if error is not None:
         raise error
-    if made != [proto] and made is not None:
-        _replace(node, made, scope)
-    elif node.version is not None:
+    if node.version is not None:
         node.version = target
 
 

@@ -95,17 +95,23 @@ def _make_graph_valid(graph: GraphProto, opset: int, scope: Scope) -> None:
     scope.types |= {info.name: info.type for info in graph.input if info.type.WhichOneof("value")}
     for tensor in graph.initializer:
         scope.hold(tensor.name, tensor)
+    # What the caller says about values serves where ONNX does not know better, as for nodes of other domains.
+    declared = {i.name: i.type for i in (*graph.value_info, *graph.output) if i.type.WhichOneof("value")}
     nodes: list[NodeProto] = []
     for node in graph.node:
+        if node.domain == "ai.onnx":
+            node.ClearField("domain")  # the other name of the same, which the imports no longer have
         for inner in subgraphs(node):
             _make_graph_valid(inner, opset, scope)
         made = _make_node_valid(node, opset, scope) if is_standard(node) else [node]
         for each in made:
             error = is_standard(each) and (type_error(each, opset, scope.type_of) or _shape_error(each, opset, scope))
             if error:
-                error.node_name = error.node_name or node.name
+                error.node_name = node.name or next(iter(node.output), "")
                 raise error
             scope.learn([each], opset)
+            for name in declared.keys() & set(each.output):
+                scope.types.setdefault(name, declared[name])
         nodes += made
     del graph.node[:]
     graph.node.extend(nodes)

@@ -67,8 +67,11 @@ class FunctionRewriter(Registry):
 
         return register
 
-    def get_context(self) -> FunctionContext:
+    def get_context(self, key: str | None = None) -> FunctionContext:  # noqa: ARG002 - old code gives it
         """Return what the rewriter is told from which this is called.
+
+        Args:
+            key: Not needed: the rewriter that is running is known.
 
         Raises:
             ConfigError: If no rewriter is running.

@@ -117,12 +117,27 @@ def make_plan(
     translated = _choose("symbolic", symbolics.records(), env, symbolic_target)
     if symbolics is SYMBOLIC_REWRITER:
         _add_torchs(translated, env)
-    return Plan(
-        _choose("function", functions.records(), env, _function),
-        _choose("module", modules.records(), env, _module_class),
-        translated,
-        troubles,
-    )
+    rewritten = _choose("function", functions.records(), env, _function)
+    _leave_to_symbolics(rewritten, translated)
+    return Plan(rewritten, _choose("module", modules.records(), env, _module_class), translated, troubles)
+
+
+def _leave_to_symbolics(functions: Choice[Target], symbolics: Choice[SymbolicTarget]) -> None:
+    """Decline the rules of our own for operators that a symbolic function is registered for."""
+    theirs = {_operator_name(target): record for record, target in symbolics.chosen.items()}
+    for record in [record for record in functions.chosen if record.is_own_rule]:
+        *_, space, name = record.name.split(".")
+        symbolic = theirs.get(name.strip("_")) or theirs.get(f"{space}_{name}")
+        if symbolic is not None:
+            del functions.chosen[record]
+            functions.declined[record] = f"the symbolic function {symbolic.title} is registered for it"
+
+
+def _operator_name(target: SymbolicTarget) -> str:
+    """Return an operator's name without its namespace and overload; a Function has none."""
+    if isinstance(target, type):
+        return ""
+    return str(target).split(".")[1].strip("_")
 
 
 def _add_torchs(choice: Choice[SymbolicTarget], env: Mapping[str, Any]) -> None:

@@ -48,6 +48,11 @@ class Record:
         return f"{getattr(replacement, '__module__', '?')}.{getattr(replacement, '__qualname__', repr(replacement))}"
 
     @property
+    def is_own_rule(self) -> bool:
+        """Whether it is one of the rules that come with Torchferry."""
+        return self.title.startswith("torchferry.rewrite.rules.")
+
+    @property
     def place(self) -> str:
         """The replacement's ``file:line``; only the module's name for one that has no source."""
         code = getattr(self.replacement, "__code__", None)

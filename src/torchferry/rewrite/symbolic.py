@@ -45,11 +45,14 @@ class SymbolicRecord(Record):
         is_pytorch: The name is that of an ATen operator.
         arg_descriptors: What each argument is turned into before the function is called; None to leave them.
         opset: The earliest opset of the graph that it is valid for; None for any.
+        onnx_function: ``domain::Operator`` of the ONNX function that what it builds is put into; None to put it into
+            the graph.
     """
 
     is_pytorch: bool = False
     arg_descriptors: tuple[str, ...] | None = None
     opset: int | None = None
+    onnx_function: str | None = None
 
     @property
     def rank(self) -> tuple[bool | int, ...]:
@@ -140,7 +143,7 @@ class SymbolicRewriter(Registry):
 
         return register
 
-    def get_context(self, key: str | None = None) -> FunctionContext:
+    def get_context(self, key: str | None = None) -> FunctionContext:  # noqa: ARG002 - old code gives it
         """Return what the symbolic function is told from which this is called.
 
         Args:
@@ -195,6 +198,7 @@ class Symbolic:
         self.function = function
         self.arg_descriptors = None if record is None else record.arg_descriptors
         self.takes_context = record is not None and record.takes_context
+        self.onnx_function = None if record is None else record.onnx_function
         self.tally = Tally()
         self._context = context
 

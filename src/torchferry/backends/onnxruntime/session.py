@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchferry.backends.onnxruntime.kernels import add_kernels, has_extensions
 from torchferry.core.engine import Session
 from torchferry.core.errors import BackendError, MissingBackendError
+from torchferry.core.kernels import kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +50,7 @@ def session_options(threads: int | None, spinning: bool) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or _usable_cores()
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    add_kernels(options)
     options.log_severity_level = 4  # its errors come as exceptions too; its warnings are for its developers
     return options
 
@@ -66,7 +69,20 @@ def translated(doing: str) -> Iterator[None]:
     except BackendError:
         raise
     except Exception as exc:
-        raise BackendError(f"ONNX Runtime cannot {doing}: {_shortened(str(exc)) or type(exc).__name__}") from exc
+        raise BackendError(
+            f"ONNX Runtime cannot {doing}: {_shortened(str(exc)) or type(exc).__name__}", hint=_hint(str(exc))
+        ) from exc
+
+
+def _hint(message: str) -> str | None:
+    """Say what to do about an operator that ONNX Runtime lacks."""
+    unknown = re.search(r"(\S+):(\w+)\(-1\) is not a registered function/op", message)
+    if unknown is None:
+        return None
+    name = "::".join(unknown.groups())
+    if name in {kernel.name for kernel in kernels()} and not has_extensions():
+        return f"'{name}' has a kernel in Python, for which: pip install 'torchferry[kernels]'"
+    return f"import the module that gives '{name}' a kernel, or write its symbolic in operators of ONNX"
 
 
 def _shortened(message: str) -> str:

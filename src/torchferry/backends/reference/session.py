@@ -8,6 +8,7 @@ import numpy as np
 
 from torchferry.core.engine import Session
 from torchferry.core.errors import BackendError, MissingBackendError
+from torchferry.core.kernels import Kernel, kernels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +35,7 @@ class ReferenceSession(Session):
                 "the engine 'reference' is not installed", hint="pip install 'torchferry[reference]'"
             ) from exc
         try:
-            self._evaluator: Any = ReferenceEvaluator(str(path))
+            self._evaluator: Any = ReferenceEvaluator(str(path), new_ops=[_operator(kernel) for kernel in kernels()])
         except Exception as exc:
             raise BackendError(f"onnx's evaluator cannot load '{path}': {exc}") from exc
 
@@ -48,3 +49,16 @@ class ReferenceSession(Session):
 
     def _release(self) -> None:
         self._evaluator = None
+
+
+def _operator(kernel: Kernel) -> type:
+    """Return a kernel of this process in the form that the evaluator takes."""
+    from onnx.reference.op_run import OpRun
+
+    domain, _, name = kernel.name.partition("::")
+
+    def run(self: Any, *inputs: Any, **attributes: Any) -> tuple[Array, ...]:  # noqa: ARG001 - a method
+        given = {key: value for key, value in attributes.items() if key in kernel.attributes}
+        return tuple(kernel(*inputs, **given))
+
+    return type(name, (OpRun,), {"op_domain": domain, "_run": run})

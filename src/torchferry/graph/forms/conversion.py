@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # The opsets in which a new version of an operator with the same form means a change of types alone, but for
 # ``MEANING_CHANGED``: broadcasting came before them, and what comes after has not been looked through.
 _TYPES_CHANGED_ONLY = range(9, 26)
+# Function bodies that do not do what their operator does: this one squeezes away a batch of 1, and makes a Range of
+# what is no scalar.
+_WRONG_BODIES = {"AffineGrid"}
 
 
 def convert_node(node: NodeProto, source: int, target: int, scope: Scope) -> list[NodeProto]:
@@ -227,17 +230,13 @@ def _expand(node: NodeProto, source: int, target: int, scope: Scope) -> list[Nod
     if body is None:
         return None
     opset = next(each.version for each in body.opset_import if is_standard(NodeProto(domain=each.domain)))
-    given = {a.name: a for a in node.attribute}
-    given = {a.name: a for a in body.attribute_proto} | given
+    given = {a.name: a for a in (*body.attribute_proto, *node.attribute)}
     nodes = list(body.node)
     for inner in nodes:
         _settle_attributes(inner, given)
-    names = dict.fromkeys(body.input, "")
-    names |= dict(zip(body.input, node.input, strict=False))
-    outputs = dict(zip(body.output, node.output, strict=False))
-    rename_values(
-        nodes, names | {inside: outside for inside, outside in outputs.items() if outside}, node.output[0], scope
-    )
+    names = dict.fromkeys(body.input, "") | dict(zip(body.input, node.input, strict=False))
+    names |= {inside: outside for inside, outside in zip(body.output, node.output, strict=False) if outside}
+    rename_values(nodes, names, node.output[0], scope)
     converted = []
     for inner in _used(nodes, [name for name in node.output if name]):
         scope.learn([inner], opset)
@@ -264,7 +263,7 @@ def function_body(node: NodeProto, source: int, target: int, scope: Scope) -> on
     schema: Any = schema_at(node.op_type, source)  # its type does not tell all of its members
     plain, dependent = schema.function_opset_versions, schema.context_dependent_function_opset_versions
     known = sorted({*plain, *dependent})
-    if not known:
+    if not known or node.op_type in _WRONG_BODIES:
         return None
     opset = max((each for each in known if each <= target), default=known[0])
     if opset in plain:

@@ -50,14 +50,13 @@ def _max_without_dilations(at: Rewrite) -> list[NodeProto]:
 @adapter(DOWN, 13, "ReduceSum")
 def _reduce_by_attribute(at: Rewrite) -> list[NodeProto]:
     """ReduceMean(x, [1]) → ReduceMean(x, axes=[1])."""
-    given = at.given
     axes = at.settled(1, "axes")
+    is_noop = at.given.pop("noop_with_empty_axes", 0)
     if axes is not None and axes.size:
-        given["axes"] = axes.tolist()
-    elif given.get("noop_with_empty_axes"):
-        return at.result([at.inputs[0]], "Identity")
-    given.pop("noop_with_empty_axes", None)
-    return at.result([at.inputs[0]], **given)
+        at.given["axes"] = axes.tolist()
+    elif is_noop:
+        raise at.refusal("it cannot reduce no axis at all there")
+    return at.result([at.inputs[0]], **at.given)
 
 
 @adapter(DOWN, 18, "Split")
@@ -72,6 +71,8 @@ def _split_into_sizes(at: Rewrite) -> list[NodeProto]:
     if size is None:
         raise at.refusal(f"'num_outputs' needs the size of '{at.inputs[0]}', which is not known")
     whole = -(-size // parts)
+    if whole * (parts - 1) > size:
+        raise at.refusal(f"{size} elements do not make {parts} parts of {whole}")
     sizes = at.constant([whole] * (parts - 1) + [size - whole * (parts - 1)], np.int64, "sizes")
     return at.result([at.inputs[0], sizes], **given)
 
@@ -215,6 +216,8 @@ def _clip_by_attributes(at: Rewrite) -> list[NodeProto]:
     """Clip(x, 0, 6) → Clip(x, min=0, max=6)."""
     bounds = {role: at.settled(index, role) for index, role in ((1, "min"), (2, "max"))}
     given = {role: float(bound) for role, bound in bounds.items() if bound is not None}
+    if given.get("min", -np.inf) > given.get("max", np.inf):
+        raise at.refusal("its 'min' may not be above its 'max' there")
     return at.result([at.inputs[0]], None, **given)
 
 
