@@ -43,6 +43,7 @@ PAGES = sorted(
 )
 # Too long to run; the script must at least know its flags.
 LONG = ("python examples/super_resolution/train.py",)
+NEEDS_COMPILER = "python examples/custom_operator_cpp/export.py"
 MINIMAL_CONFIG = {"model": {"factory": "net.py:build"}, "inputs": ["x=1,2"], "out": "out/net"}
 
 
@@ -50,7 +51,7 @@ MINIMAL_CONFIG = {"model": {"factory": "net.py:build"}, "inputs": ["x=1,2"], "ou
 def deployed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the super-resolution example was deployed, with what was printed in ``printed.txt``."""
     folder = tmp_path_factory.mktemp("deployed")
-    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__", "build"))
     with (folder / "printed.txt").open("w") as printed:
         subprocess.run(
             DEPLOY_EXAMPLE.split(), cwd=folder, env=_environment(), check=True, stdout=printed, stderr=subprocess.STDOUT
@@ -73,12 +74,14 @@ def _environment() -> dict[str, str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_blocks(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     steps = [block for block in blocks(page) if _is_run(block)]
+    if any(NEEDS_COMPILER in _commands(step) for step in steps) and shutil.which("c++") is None:
+        pytest.skip("no C++ compiler is installed")
     if any(EXAMPLE_PACKAGE in _commands(step) or DEPLOY_EXAMPLE in step.text.splitlines() for step in steps):
         deployed = request.getfixturevalue("deployed")
         shutil.copytree(deployed / EXAMPLE_PACKAGE, tmp_path / EXAMPLE_PACKAGE)
         shutil.copy(deployed / "printed.txt", tmp_path)
     if steps:
-        shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__", "build"))
     _check_page(page, tmp_path)
 
 

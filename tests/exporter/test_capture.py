@@ -303,6 +303,18 @@ class TestErrors:
         assert "opset 14" in caught.value.hint
 
 
+def test_constants_that_torch_forgets_are_in_the_graph(tmp_path):
+    class Model(nn.Module):
+        def forward(self, x):
+            y = x.floor()
+            return y.clamp(0, 6).long() * 2, y.clamp(0, 6).long() + 1
+
+    exported = ferry.export(Model().eval(), torch.rand(3, 4))
+    x = torch.linspace(-9, 9, 12).reshape(3, 4)
+    for got, expected in zip(outputs(exported, tmp_path, x=x).values(), Model()(x), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
 def test_a_target_without_its_engine_can_be_exported_for():
     exported = ferry.export(
         nn.ReLU().eval(), torch.rand(2, 3), target=Target("tensorrt"), dynamic_shapes={"input": {0: "n"}}

@@ -187,7 +187,7 @@ class TestWhereTheShapeComesFrom:
         values, places = exported.signature.outputs
         assert (values.dtype, places.dtype) == ("float32", "int64")
         assert (values.shape, places.shape) == (("n", 8), ("n",))
-        (found,) = [f for f in exported.report.findings if f.code == "function-shape"]
+        (found,) = [f for f in exported.report.findings if f.code == "function-shape-measured"]
         assert found.severity == "warning"
         assert "forward run for real at several sizes" in found.message
         assert exported.model.opset_imports["own"] == 1

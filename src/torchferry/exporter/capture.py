@@ -202,6 +202,7 @@ def _translate(program: torch.export.ExportedProgram, source: Source, target: Ta
             symbolics.expand(onnx_program.model)
             onnx_program.optimize()
             symbolics.add_functions(onnx_program.model)
+            _add_forgotten_constants(onnx_program.model)
     except (KeyboardInterrupt, MemoryError, OperatorError):
         raise
     except Exception as exc:
@@ -212,6 +213,23 @@ def _translate(program: torch.export.ExportedProgram, source: Source, target: Ta
 def _asked_of_torch(target: Target) -> int | None:
     """Return the opset to ask torch.onnx for: of earlier ones it delivers some, drops metadata for others."""
     return None if target.opset is None else min(max(target.opset, TORCHLIB_OPSET), ONNX_MAX_OPSET)
+
+
+def _add_forgotten_constants(model: ir.Model) -> None:
+    """Add the constants that torch.onnx's optimiser made and did not add, such as a second pair of a Clip's bounds.
+
+    Raises:
+        ExportError: If a node takes a value that nothing gives.
+    """
+    for graph in model.graphs():
+        for value in [value for node in graph for value in node.inputs if value is not None]:
+            if value.producer() is not None or value.is_graph_input() or value.is_initializer():
+                continue
+            if value.const_value is None:
+                raise ExportError(f"torch.onnx made a graph in which nothing gives '{value.name}'")
+            while value.name in model.graph.initializers:
+                value.name = f"{value.name}_"
+            model.graph.register_initializer(value)
 
 
 def _name_values(model: ir.Model, names: InputNames, output_names: tuple[str, ...]) -> None:

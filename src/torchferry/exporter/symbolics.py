@@ -101,17 +101,7 @@ class Symbolics:
         """Return where the sizes come from of what each Function gives."""
         calls = self.functions.calls.values()
         sources = {(c.symbolic.name, c.source, c.is_measured) for c in calls if c.source}
-        return tuple(
-            Finding(
-                "function-shape",
-                "warning" if is_measured else "info",
-                f"'{name}' is exported by its symbolic; what it returns has the dtype and sizes of {source}",
-                hint="let forward run on fake tensors, or say the sizes by setType in the symbolic"
-                if is_measured
-                else None,
-            )
-            for name, source, is_measured in sorted(sources)
-        )
+        return tuple(_sizes_finding(*source) for source in sorted(sources))
 
     def _operator(self, overload: OpOverload, symbolic: Symbolic) -> Callable[..., Any]:
         schema = overload._schema
@@ -228,6 +218,14 @@ class Symbolics:
         self._onnx_functions[domain, unique, ""] = ir.Function(domain, unique, graph=graph, attributes=[])
         call = ir.Node(domain, unique, inputs, outputs=outputs, version=1)
         return ir.Model(ir.Graph(inputs, outputs, nodes=[call], opset_imports={domain: 1}), ir_version=built.ir_version)
+
+
+def _sizes_finding(name: str, source: str, is_measured: bool) -> Finding:
+    message = f"'{name}' is exported by its symbolic; what it returns has the dtype and sizes of {source}"
+    if not is_measured:
+        return Finding("function-shape", "info", message)
+    hint = "let forward run on fake tensors, or say the sizes by setType in the symbolic"
+    return Finding("function-shape-measured", "warning", message, hint=hint)
 
 
 def _overloads(target: SymbolicTarget) -> Iterator[OpOverload]:
