@@ -12,7 +12,7 @@ import torchferry as ferry
 from torchferry.core.errors import ExportError, OperatorError
 from torchferry.exporter.missing import operator_error
 from torchferry.exporter.skeletons import skeletons
-from torchferry.rewrite import SymbolicRewriter
+from torchferry.rewrite import FunctionRewriter, SymbolicRewriter
 
 MATRIX = torch.rand(3, 3) / 2
 
@@ -268,3 +268,13 @@ def test_a_skeleton_whose_onnx_operator_fits_needs_no_completing():
 )
 def test_a_skeleton_follows_the_schema(op, expected):
     assert expected in skeletons([op])
+
+
+def test_an_operator_whose_result_has_a_size_known_only_while_running():
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return x.masked_select(x > 0.5) * 2
+
+    with pytest.raises(OperatorError, match="'aten::masked_select.default' of Model has no translation") as caught:
+        ferry.export(Model().eval(), torch.rand(3, 4), function_rewriter=FunctionRewriter())
+    assert "return x.masked_select(x > 0.5) * 2" in caught.value.where

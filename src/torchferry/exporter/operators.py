@@ -125,10 +125,14 @@ def translated_calls(
     Yields:
         The node; the node of the outermost graph that it is in or is; and its translation, None if there is none.
     """
-    with quiet(), torch.no_grad():
-        prepared = _core._prepare_exported_program_for_export(program, registry=registry)
+    table: Any = {}
+    try:
+        with quiet(), torch.no_grad():
+            prepared = _core._prepare_exported_program_for_export(program, registry=registry)
+    except Exception:  # noqa: BLE001 - torch cannot decompose a second time what gives sizes known only while running
+        prepared, table = program, torch.export.default_decompositions()
     for node, outer in _calls(prepared.graph_module, None):
-        if not _core._is_onnx_op(node.target):
+        if not _core._is_onnx_op(node.target) and node.target not in table:
             yield node, outer, _dispatching.dispatch(node, registry)[0]
 
 
