@@ -132,7 +132,8 @@ def translated_calls(
     except Exception:  # noqa: BLE001 - torch cannot decompose a second time what gives sizes known only while running
         prepared, table = program, torch.export.default_decompositions()
     for node, outer in _calls(prepared.graph_module, None):
-        if not _core._is_onnx_op(node.target) and node.target not in table:
+        is_assertion = isinstance(node.target, OpOverload) and not node.target._schema.returns
+        if not (_core._is_onnx_op(node.target) or is_assertion or node.target in table):
             yield node, outer, _dispatching.dispatch(node, registry)[0]
 
 
