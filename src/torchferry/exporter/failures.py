@@ -14,8 +14,8 @@ from torchferry.exporter.quiet import quiet
 from torchferry.graph.provenance import is_library, user_line
 
 if TYPE_CHECKING:
-    from torchferry.exporter.operators import Translations
     from torchferry.exporter.source import Source
+    from torchferry.exporter.table import Translations
 
 _MAX_LINES = 6
 _HINT = "change this line so that it does not depend on tensor values, or keep it out of what is exported"

@@ -11,12 +11,13 @@ from torch._ops import OpOverload
 from torch.onnx._internal.exporter._errors import ConversionError, DispatchError
 
 from torchferry.core.errors import OperatorError
-from torchferry.exporter.operators import make_registry, nearest_onnx, short_name, translated_calls, wording_of_parts
+from torchferry.exporter.operators import nearest_onnx, short_name, wording_of_parts
 from torchferry.exporter.skeletons import skeletons
+from torchferry.exporter.table import make_registry, translated_calls, untranslated_as_traced
 from torchferry.graph.provenance import is_library, user_line
 
 if TYPE_CHECKING:
-    from torchferry.exporter.operators import Registry, Translations
+    from torchferry.exporter.table import Registry, Translations
 
 _FUNCTIONALIZED = "auto_functionalized"
 _TIMES = {1: "once", 2: "twice"}
@@ -142,7 +143,11 @@ def _hint(found: list[Missing]) -> str:
 def missing_operators(program: torch.export.ExportedProgram, registry: Registry) -> list[Missing]:
     """Return the operators without translation, as the model calls them, most used first."""
     found: dict[str, Missing] = {}
-    for node, outer, translation in translated_calls(program, registry):
+    try:
+        calls = list(translated_calls(program, registry))
+    except Exception:  # noqa: BLE001 - whatever decomposing raises; what was traced is left to look at
+        calls = list(untranslated_as_traced(program, registry))
+    for node, outer, translation in calls:
         if translation is not None:
             continue
         op, call = _origin(node)

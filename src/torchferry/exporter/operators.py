@@ -9,7 +9,6 @@ import importlib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,20 +16,13 @@ import onnx
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.onnx._internal._lazy_import import onnxscript_apis  # type: ignore[attr-defined]
-from torch.onnx._internal.exporter import _constants, _core, _dispatching, _registration
 
 from torchferry.core.errors import ConfigError, did_you_mean
 from torchferry.exporter.made_up import made_up_calls
-from torchferry.exporter.quiet import quiet
-from torchferry.exporter.translations import TRANSLATIONS
+from torchferry.exporter.table import Registry, make_registry, translated_calls
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
-
-Translations = Mapping[Callable[..., Any], Callable[..., Any]]
-Registry = _registration.ONNXRegistry
-
-DEFAULT_OPSET: int = torch.onnx._constants.ONNX_DEFAULT_OPSET
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 # What nearly every translation has besides what it is about: sizes, types, and the shapes of constants.
 _PLUMBING = frozenset(
@@ -97,55 +89,6 @@ class Overload:
     def is_exported(self) -> bool:
         """True if a call of it itself can be exported."""
         return self.status in ("translated", "decomposed")
-
-
-def make_registry(opset: int | None = None, translations: Translations | None = None) -> Registry:
-    """Return torch.onnx's table of translations, as an export for an opset uses it.
-
-    Args:
-        opset: The opset; torch's default if None.
-        translations: What goes before torch's own; ``TRANSLATIONS`` if None.
-    """
-    with quiet():
-        registry = Registry.from_torchlib(max(opset or DEFAULT_OPSET, _constants.TORCHLIB_OPSET))
-        for target, function in (TRANSLATIONS if translations is None else translations).items():
-            registry.register_op(target, function)
-    return registry
-
-
-def translated_calls(
-    program: torch.export.ExportedProgram, registry: Registry
-) -> Iterator[tuple[torch.fx.Node, torch.fx.Node, Callable[..., Any] | None]]:
-    """Give every call, in branches too, that is left once torch.onnx has decomposed a program.
-
-    Args:
-        program: As torch.export gave it; not changed.
-        registry: See ``make_registry``.
-
-    Yields:
-        The node; the node of the outermost graph that it is in or is; and its translation, None if there is none.
-    """
-    table: Any = {}
-    try:
-        with quiet(), torch.no_grad():
-            prepared = _core._prepare_exported_program_for_export(program, registry=registry)
-    except Exception:  # noqa: BLE001 - torch cannot decompose a second time what gives sizes known only while running
-        prepared, table = program, torch.export.default_decompositions()
-    for node, outer in _calls(prepared.graph_module, None):
-        is_assertion = isinstance(node.target, OpOverload) and not node.target._schema.returns
-        if not (_core._is_onnx_op(node.target) or is_assertion or node.target in table):
-            yield node, outer, _dispatching.dispatch(node, registry)[0]
-
-
-def _calls(module: torch.nn.Module, outer: torch.fx.Node | None) -> Iterator[tuple[torch.fx.Node, torch.fx.Node]]:
-    if not isinstance(module, torch.fx.GraphModule):
-        return
-    for node in module.graph.nodes:
-        if node.op == "call_function":
-            yield node, outer or node
-        elif node.op == "get_attr":
-            branch = functools.reduce(getattr, str(node.target).split("."), module)
-            yield from _calls(branch, outer or next(iter(node.users), node))
 
 
 def describe_operator(name: str) -> tuple[tuple[Overload, ...], tuple[OnnxOperator, ...]]:

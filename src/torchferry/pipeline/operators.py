@@ -23,7 +23,8 @@ from torchferry.core.errors import TorchferryError
 from torchferry.core.target import Target
 from torchferry.exporter.inputs import flatten_outputs, to_numpy
 from torchferry.exporter.made_up import made_up_calls
-from torchferry.exporter.operators import DEFAULT_OPSET, find_overload, onnx_operator
+from torchferry.exporter.operators import find_overload, onnx_operator
+from torchferry.exporter.table import DEFAULT_OPSET
 from torchferry.graph import as_exported
 from torchferry.pipeline.export import export
 from torchferry.verification.isolation import run_isolated
