@@ -46,6 +46,7 @@ def test_as_json(ferry):
     assert (near["name"], near["why"], near["inputs"]) == ("Max", "similar name", ["data_0..."])
     assert [(trial["backend"], trial["status"]) for trial in near["engines"]] == [
         ("onnxruntime", "runs"),
+        ("openvino", "runs"),
         ("reference", "runs"),
     ]
     assert 'register_symbolic("fmax", is_pytorch=True' in values["symbolic"]

@@ -24,6 +24,7 @@ __all__ = ["compile", "get", "names"]
 
 _TABLE = {
     "onnxruntime": "torchferry.backends.onnxruntime",
+    "openvino": "torchferry.backends.openvino",
     "reference": "torchferry.backends.reference",
 }
 

@@ -1,0 +1,173 @@
+"""Compiling for OpenVINO: the graph as OpenVINO reads it, saved in its own format."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchferry.backends.openvino.session import (
+    PRECISIONS,
+    OpenVinoSession,
+    core,
+    limits,
+    openvino,
+    properties,
+    translated,
+)
+from torchferry.core.engine import Availability, Capabilities, Engine, Graph, Session
+from torchferry.core.errors import BackendError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import onnx_ir as ir
+
+    from torchferry.core.engine import Array
+    from torchferry.core.signature import Signature
+    from torchferry.core.target import Target
+
+
+MODEL_FILE = "model.xml"
+WEIGHTS_FILE = "model.bin"  # beside the model and of its name, as OpenVINO wants it; absent where there are none
+_DTYPES = (
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
+)  # fmt: skip
+MAX_OPSET = (
+    23  # the newest of whose new operators it has all; newer graphs are read as far as their operators are known
+)
+_NO_BOUND = 1 << 62  # from here on an integer stands for "to the end", which the largest int32 says as well
+
+
+class OpenVino:
+    """The ``openvino`` backend: fp32 on the CPU, and bf16 where the CPU has it.
+
+    Asked for fp16, OpenVINO computes in bf16 on a CPU, so fp16 is not offered. What it does differently from ONNX: NaN
+    is lost in some operators (``Relu``, ``Exp``, ``Max``), and 8-bit integers stop at their ends where others wrap.
+    """
+
+    name = "openvino"
+
+    def availability(self) -> Availability:
+        """Tell whether the wheel is installed."""
+        if importlib.util.find_spec("openvino") is None:
+            return Availability(False, reason="openvino is not installed (pip install 'torchferry[openvino]')")
+        return Availability(True, importlib.metadata.version("openvino"))
+
+    def capabilities(self) -> Capabilities:
+        """Tell what OpenVINO does on this CPU."""
+        has_bf16 = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        precisions = tuple(name for name in PRECISIONS if name != "bf16" or has_bf16)
+        return Capabilities(precisions=precisions, max_opset=MAX_OPSET, dynamic_shapes=True)
+
+    def compile(self, graph: Graph, target: Target, folder: Path) -> None:
+        """Save the graph in OpenVINO's format, its weights as they are.
+
+        Machine code and memory layouts are made when it is opened, so the folder can be carried to another machine. The
+        precision is chosen then as well.
+        """
+        source = folder / "exported.onnx"
+        model = _converted(graph, source)
+        with translated("save the graph"):
+            openvino().save_model(model, str(folder / MODEL_FILE), compress_to_fp16=False)
+        source.unlink()
+        source.with_name(f"{source.name}.data").unlink(missing_ok=True)
+        if not (folder / WEIGHTS_FILE).stat().st_size:
+            (folder / WEIGHTS_FILE).unlink()
+
+    def trial(self, graph: Graph, folder: Path) -> Session:
+        """Load the graph in fp32, with one thread."""
+        return OpenVinoSession(graph.signature, _converted(graph, folder / "model.onnx"), properties("fp32", threads=1))
+
+    def open(self, engine: Engine, *, threads: int | None = None) -> Session:
+        """Load the saved model.
+
+        Args:
+            engine: What ``compile`` wrote.
+            threads: Threads for one request; None for OpenVINO's choice among the cores that this process may use.
+
+        Raises:
+            UnsupportedError: If the CPU lacks the precision, in place of which OpenVINO would take another.
+        """
+        precision = engine.target.precision
+        if precision not in self.capabilities().precisions:
+            raise UnsupportedError(f"this CPU does not compute in {precision}", hint="compile it for fp32")
+        if WEIGHTS_FILE in engine.files:
+            engine.path(WEIGHTS_FILE)  # raises if it is gone
+        return OpenVinoSession(engine.signature, engine.path(MODEL_FILE), properties(precision, threads))
+
+
+def _converted(graph: Graph, path: Path) -> Any:
+    """Save a graph as ONNX and return what OpenVINO reads there; it may refer to the file's weights.
+
+    Raises:
+        BackendError: If OpenVINO refuses the graph, or would change numbers in it.
+    """
+    _check(graph)
+    graph.save(path)
+    if graph.model.functions:
+        _inline_functions(path)
+    with translated("compile the graph"):
+        # From a file, not from memory: there it leaves out inputs without effect. The order is all that tells inputs
+        # apart, for names merge or vanish where an operator does nothing.
+        model = core().read_model(str(path))
+        found, expected = len(model.inputs), len(graph.signature.inputs)
+        if found != expected:
+            raise BackendError(f"OpenVINO finds {found} inputs in the graph, expected {expected}")
+        return _without_float64(model, graph.signature)
+
+
+def _inline_functions(path: Path) -> None:
+    """Put the bodies of local functions in place of their calls, since OpenVINO does not look into them."""
+    import onnx
+    from onnx.inliner import inline_local_functions
+
+    onnx.save(inline_local_functions(onnx.load(path, load_external_data=False)), path)
+
+
+def _without_float64(model: Any, signature: Signature) -> Any:
+    """Make float64 inputs and outputs float32, since OpenVINO's own conversion takes infinities for large numbers."""
+    preparation = openvino().preprocess.PrePostProcessor(model)
+    for specs, port in ((signature.inputs, preparation.input), (signature.outputs, preparation.output)):
+        for place, spec in enumerate(specs):
+            if spec.dtype == "float64":
+                port(place).tensor().set_element_type(openvino().Type.f32)
+    return preparation.build()
+
+
+def _check(graph: Graph) -> None:
+    """Check that OpenVINO takes the types of inputs and outputs, and every constant.
+
+    Raises:
+        BackendError: If it does not.
+    """
+    for spec in (*graph.signature.inputs, *graph.signature.outputs):
+        if spec.dtype not in _DTYPES:
+            raise BackendError(f"OpenVINO takes no {spec.dtype}, which '{spec.name}' is")
+    for name, array in _constants(graph.model):
+        limit = limits(array.dtype.name)
+        if limit is None or not array.size:
+            continue
+        outside = array[(array < limit[0]) | (array > limit[1])]
+        if array.dtype.kind in "iu":
+            outside = outside[(outside > -_NO_BOUND) & (outside < _NO_BOUND)]
+        if outside.size:
+            raise BackendError(
+                f"OpenVINO would change the {array.dtype.name} constant '{name}': it holds {outside[0]}, "
+                f"outside {limit[0]:g}..{limit[1]:g}",
+                hint="use another backend",
+            )
+
+
+def _constants(model: ir.Model) -> Iterator[tuple[str, Array]]:
+    import onnx_ir as ir
+
+    for graph in [*model.graphs(), *(function.graph for function in model.functions.values())]:
+        made = [value for node in graph if node.op_type == "Constant" for value in node.outputs]
+        for value in (*graph.initializers.values(), *made):
+            tensor = ir.convenience.get_const_tensor(value)
+            if tensor is not None and limits(str(tensor.dtype.numpy())) is not None:
+                yield value.name or "", np.asarray(tensor.numpy())
