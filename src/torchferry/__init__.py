@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torchferry.core.signature import DimRange, Signature
     from torchferry.core.target import Target
     from torchferry.exporter.custom_op import custom_op
+    from torchferry.exporter.marks import mark, mark_tensors
     from torchferry.exporter.source import Source
     from torchferry.graph.exported import Exported
     from torchferry.package import Package, Postprocess, Preprocess, load, pack
@@ -71,6 +72,8 @@ _HOMES = {
     "deploy": "torchferry.pipeline.deploy",
     "export": "torchferry.pipeline.export",
     "load": "torchferry.package",
+    "mark": "torchferry.exporter.marks",
+    "mark_tensors": "torchferry.exporter.marks",
     "pack": "torchferry.package",
     "verify": "torchferry.verification",
 }
@@ -100,6 +103,8 @@ __all__ = [
     "deploy",
     "export",
     "load",
+    "mark",
+    "mark_tensors",
     "pack",
     "patch_model",
     "register_op",

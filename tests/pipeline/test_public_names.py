@@ -31,6 +31,8 @@ NAMES = [
     "deploy",
     "export",
     "load",
+    "mark",
+    "mark_tensors",
     "pack",
     "patch_model",
     "register_op",

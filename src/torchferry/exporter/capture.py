@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torchferry.core.signature import Signature
 from torchferry.exporter import dimensions, guards
 from torchferry.exporter.failures import export_error
 from torchferry.exporter.lost import lost_inputs
+from torchferry.exporter.marks import MARK, Marks, complete_marks
 from torchferry.exporter.quiet import quiet
 from torchferry.exporter.symbolics import Symbolics
 from torchferry.exporter.translations import TRANSLATIONS
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 _MODAL = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU)
 
 
-def capture(source: Source, target: Target, rewriting: Callable[[], RewriterContext]) -> tuple[Exported, RewriteLog]:
+def capture(
+    source: Source, target: Target, rewriting: Callable[[], RewriterContext], *, apply_marks: bool = False
+) -> tuple[Exported, RewriteLog]:
     """Export a module; its parameters are shared with the result, not copied.
 
     Sizes 0 and 1 of every dynamic dimension stay outside the ranges; ``verification.settle`` runs them.
@@ -49,6 +52,7 @@ def capture(source: Source, target: Target, rewriting: Callable[[], RewriterCont
         source: The module with its example and dynamic dimensions.
         target: For the opset; the rest is recorded.
         rewriting: Makes the context in which the module is traced, a fresh one for each attempt.
+        apply_marks: Put what ``mark`` and ``mark_tensors`` name into the graph.
 
     Returns:
         The graph, and what became of the rewriters.
@@ -63,9 +67,11 @@ def capture(source: Source, target: Target, rewriting: Callable[[], RewriterCont
     tensors = names.tensors(source.call)
     declared = dimensions.declared_dimensions(source.dynamic_shapes, names, tensors)
     with evaluation_mode(source.model) as was_training:
-        program, context, symbolics = _trace(source, declared, target, rewriting)
+        marks = Marks()
+        with marks.applied() if apply_marks else nullcontext():
+            program, context, symbolics = _trace(source, declared, target, rewriting, marks)
         try:
-            model = _translate(program, source, target, symbolics)
+            model = _translate(program, source, target, symbolics, marks)
             function_findings = symbolics.findings()
         finally:
             symbolics.functions.close()
@@ -114,7 +120,11 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[str]:
 
 
 def _trace(
-    source: Source, declared: dimensions.Dynamic, target: Target, rewriting: Callable[[], RewriterContext]
+    source: Source,
+    declared: dimensions.Dynamic,
+    target: Target,
+    rewriting: Callable[[], RewriterContext],
+    marks: Marks,
 ) -> tuple[torch.export.ExportedProgram, RewriterContext, Symbolics]:
     """Trace until one way works: sizes of 1 doubled and torch oblivious to 0 and 1, then specialised, then as given."""
     names = source.names
@@ -129,8 +139,9 @@ def _trace(
 
     failure: Exception | None = None
     for call, oblivious in attempts:
+        marks.restart()
         try:
-            return _attempt(source, declared, target, rewriting, call, oblivious)
+            return _attempt(source, declared, target, rewriting, marks, call, oblivious)
         except (KeyboardInterrupt, MemoryError, ConfigError):
             raise
         except Exception as exc:  # noqa: BLE001 - torch raises anything, the user's forward too
@@ -148,6 +159,7 @@ def _attempt(
     declared: dimensions.Dynamic,
     target: Target,
     rewriting: Callable[[], RewriterContext],
+    marks: Marks,
     call: Call,
     oblivious: bool,
 ) -> tuple[torch.export.ExportedProgram, RewriterContext, Symbolics]:
@@ -166,6 +178,7 @@ def _attempt(
                 raise
             with functions.watching(), torch.no_grad():
                 context.model(*call[0], **call[1])
+            marks.restart()
             with functions.taken():
                 program = _torch_export(context.model, call, shapes, oblivious)
     guards.read_dimensions(program, source.names, declared)  # refuses frozen dimensions
@@ -186,8 +199,14 @@ def _torch_export(
         return export(model, call[0], call[1] or None, dynamic_shapes=dynamic_shapes, strict=False)
 
 
-def _translate(program: torch.export.ExportedProgram, source: Source, target: Target, symbolics: Symbolics) -> ir.Model:
-    translations = {**TRANSLATIONS, **symbolics.translations()}
+def _translate(
+    program: torch.export.ExportedProgram, source: Source, target: Target, symbolics: Symbolics, marks: Marks
+) -> ir.Model:
+    translations: dict[Any, Callable[..., Any]] = {
+        **TRANSLATIONS,
+        **symbolics.translations(),
+        MARK: marks.translation,
+    }
     try:
         with quiet(), torch.no_grad():
             onnx_program = torch.onnx.export(
@@ -202,6 +221,7 @@ def _translate(program: torch.export.ExportedProgram, source: Source, target: Ta
             symbolics.expand(onnx_program.model)
             onnx_program.optimize()
             symbolics.add_functions(onnx_program.model)
+            complete_marks(onnx_program.model)
             _add_forgotten_constants(onnx_program.model)
     except (KeyboardInterrupt, MemoryError, OperatorError):
         raise

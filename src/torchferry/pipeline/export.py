@@ -29,6 +29,7 @@ def export(
     dynamic_shapes: Any = None,
     input_names: Sequence[str] = (),
     output_names: Sequence[str] = (),
+    apply_marks: bool = False,
     cfg: Any = None,
     function_rewriter: FunctionRewriter | None = None,
     module_rewriter: ModuleRewriter | None = None,
@@ -49,6 +50,7 @@ def export(
             ``forward``'s parameter. Equal names declare equal sizes.
         input_names: Names of the graph's inputs in order; ``forward``'s parameters where not given.
         output_names: Names of the graph's outputs in order.
+        apply_marks: Keep what ``mark`` and ``mark_tensors`` name, as nodes of the graph that change nothing.
         cfg: What rewriters see as ``ctx.cfg``.
         function_rewriter: A private registry in place of ``FUNCTION_REWRITER``.
         module_rewriter: A private registry in place of ``MODULE_REWRITER``.
@@ -88,7 +90,7 @@ def export(
     context = functools.partial(
         rewriter_context, source, target, cfg, **{name: own for name, own in registries.items() if own is not None}
     )
-    exported, log = capture(source, target, context)
+    exported, log = capture(source, target, context, apply_marks=apply_marks)
     exported = _with_rewrites(exported, source, log, context)
     with reference(exported, source, context) as against:
         return settle(exported, against)
