@@ -16,7 +16,7 @@ LAYERS = {
     "graph": 1,
     "exporter": 2,
     "backends": 2,
-    "partition": 2,
+    "partitioning": 2,
     "package": 2,
     "precision": 3,
     "verification": 3,
@@ -30,7 +30,7 @@ TORCH = {"rewrite", "exporter", "precision", "verification", "codebases", "pipel
 HEAVY = {
     "torch": TORCH,
     "onnx": {"graph", "backends", "exporter", "pipeline", "testing"},
-    "onnx_ir": {"graph", "backends", "exporter", "partition", "precision", "verification", "pipeline", "testing"},
+    "onnx_ir": {"graph", "backends", "exporter", "partitioning", "precision", "verification", "pipeline", "testing"},
     "onnxscript": {"exporter", "rewrite"},
     "safetensors": {"exporter"},
     "onnxruntime": {"backends"},

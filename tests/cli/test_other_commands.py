@@ -45,6 +45,17 @@ def test_export_as_json_in_place_of_what_was_there(ferry, place):
     onnx.checker.check_model(place / "net.onnx")
 
 
+def test_export_with_marks(ferry, place):
+    (place / "marked.py").write_text(
+        "import torch\nimport torchferry\nclass Marked(torch.nn.Module):\n"
+        "    @torchferry.mark('body')\n    def forward(self, x):\n        return x * 2\n"
+    )
+    for flags, expected in (((), ["Mul"]), (("--marks",), ["Mark", "Mul", "Mark"])):
+        ran = ferry("export", "--model", "marked.py:Marked", "--input", "picture.png", "-o", "net.onnx", *flags)
+        assert ran.status == 0
+        assert [node.op_type for node in onnx.load(place / "net.onnx").graph.node] == expected
+
+
 def test_export_of_what_cannot_be_exported(ferry, place, tree):
     (place / "looks.py").write_text(
         "import torch\nclass Looks(torch.nn.Module):\n    def forward(self, x):\n"

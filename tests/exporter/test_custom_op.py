@@ -190,9 +190,7 @@ class TestTheGeneratedTest:
             assert_op(same, [((2, 3),)], ["reference"])
 
     def test_it_finds_a_wrong_fake(self):
-        @ferry.custom_op(
-            "samples_m::flat", symbolic=lambda g, x: g.op("Flatten", x), fake=torch.empty_like
-        )
+        @ferry.custom_op("samples_m::flat", symbolic=lambda g, x: g.op("Flatten", x), fake=torch.empty_like)
         def flat(x: Tensor) -> Tensor:
             return x.flatten(1).clone()
 

@@ -18,6 +18,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("export", help="export a model to an ONNX file")
     add_model_flags(parser)
     parser.add_argument("-o", "--out", metavar="FILE", default="model.onnx", help="default: model.onnx")
+    parser.add_argument("--marks", action="store_true", help="keep what the model marks as nodes of the graph")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
@@ -34,7 +35,8 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     steps = Steps(terminal)
     loaded = load_model_and_data(config, steps)
     with steps.step("export") as step:
-        exported = export(loaded.source, target=Target(**config.targets[0].model_dump()))
+        target = Target(**config.targets[0].model_dump())
+        exported = export(loaded.source, target=target, apply_marks=options.marks)
         step.detail = str(exported)
     terminal.findings(exported.report.findings)
     exported.report.raise_for_failure()

@@ -112,7 +112,6 @@ def run_symbolic(
     *,
     constants_as_values: bool,
     optional: int = 0,
-    outputs: int | None = None,
 ) -> Fragment:
     """Run a symbolic function.
 
@@ -125,7 +124,6 @@ def run_symbolic(
         constants_as_values: Hand constants over as values of the graph, as for an operator; an ``autograd.Function``'s
             symbolic gets them as they are.
         optional: How many of the last arguments may be left out if the function does not take them.
-        outputs: For an operator that returns a list, its length.
 
     Raises:
         OperatorError: If the function fails, or gives something that is no ONNX.
@@ -147,12 +145,8 @@ def run_symbolic(
     with _exporting(opset):
         prepare = functools.partial(_as_value, context) if constants_as_values else _keep
         filled = [_fill(arg, values, prepare) for arg in args]
-        kwargs: dict[str, Any] = {}
-        function = _parsed(symbolic)
-        if outputs is not None and "_outputs" in _parameters(symbolic):
-            kwargs["_outputs"] = outputs
         try:
-            returned = function(context, *filled[: _accepted(symbolic, len(filled), optional)], **kwargs)
+            returned = _parsed(symbolic)(context, *filled[: _accepted(symbolic, len(filled), optional)])
         except OperatorError:
             raise
         except Exception as exc:
@@ -162,23 +156,28 @@ def run_symbolic(
         returned, is_tuple, is_given = _returned(context, returned, symbolic, place)
         for value in returned:
             graph.registerOutput(value)
-        try:
-            _C._jit_pass_onnx_scalar_type_analysis(graph, True, opset)
-            _C._jit_pass_onnx_peephole(graph, opset, False)
-            _C._jit_pass_dce_allow_deleting_nodes_with_side_effects(graph)
-            proto = graph._export_onnx({}, opset, {}, False, _ONNX, True, True, {}, True, "", {})[0]  # type: ignore[attr-defined]
-        except Exception as exc:
-            raise OperatorError(
-                f"the symbolic of '{symbolic.name}' gives something that is not ONNX: {str(exc).splitlines()[0]}",
-                hint=f"it stands at {place}",
-            ) from exc
-    model = onnx.load_from_string(proto)
-    for value, given in zip(model.graph.input, inputs, strict=True):
-        _name_sizes(value, given)
+        model = _as_onnx(graph, opset, symbolic, place)
+    for value, known in zip(model.graph.input, inputs, strict=True):
+        _name_sizes(value, known)
     _forget_types(model.graph)
-    return Fragment(
-        onnx.shape_inference.infer_shapes(make_valid(model, graph_opset), data_prop=True), is_tuple, is_given
-    )
+    valid = make_valid(model, graph_opset)
+    return Fragment(onnx.shape_inference.infer_shapes(valid, data_prop=True), is_tuple, is_given)
+
+
+def _as_onnx(graph: Any, opset: int, symbolic: Symbolic, place: str) -> onnx.ModelProto:
+    """Finish a graph as the old exporter did, and write it as ONNX."""
+    try:
+        _C._jit_pass_onnx_scalar_type_analysis(graph, True, opset)
+        _C._jit_pass_onnx_peephole(graph, opset, False)
+        _C._jit_pass_dce_allow_deleting_nodes_with_side_effects(graph)
+        proto = graph._export_onnx({}, opset, {}, False, _ONNX, True, True, {}, True, "", {})[0]
+    except Exception as exc:
+        reason = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
+        raise OperatorError(
+            f"the symbolic of '{symbolic.name}' gives something that is not ONNX: {reason}",
+            hint=f"it stands at {place}",
+        ) from exc
+    return onnx.load_from_string(proto)
 
 
 @contextmanager
