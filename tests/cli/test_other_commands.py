@@ -188,3 +188,48 @@ def test_verify_a_package_that_was_changed(ferry, deploy, place):
     engine.write_bytes(data)
     for command in (["verify", "out", *GIVEN], ["run", "out", "--input", "picture.png", "--output", "y.png"]):
         assert "file 'engines/onnxruntime-fp32/model.onnx' of package 'out' has changed" in ferry(*command).refusal
+
+
+def test_inspect(ferry, place):
+    (place / "tree.py").write_text(
+        "import torch\nimport torchferry\nclass Tree(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.stem = torch.nn.Conv2d(3, 4, 3)\n"
+        "        self.blocks = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 1), torch.nn.ReLU())\n"
+        "    @torchferry.mark('tree', inputs=['image'])\n"
+        "    def forward(self, x):\n        return self.blocks(self.stem(x))\n"
+    )
+    flags = ("--input", "picture.png", "--dynamic", "x:0=n", "--marks", "-o", "net.onnx", "--output-names", "y")
+    assert ferry("export", "--model", "tree.py:Tree", *flags).status == 0
+    ran = ferry("inspect", "net.onnx")
+    assert (ran.status, ran.err) == (0, "")
+    lines = ran.out.splitlines()
+    assert lines[:2] == ["inputs", lines[1]]
+    assert lines[1].startswith("  x: float32[n, 3, ")
+    assert "  n 0.." in lines
+    assert "  132, 0.00 MiB" in lines
+    assert "  ai.onnx: Conv x2, Relu x1" in lines
+    assert [line.split(" [")[0] for line in lines if "tree[0]" in line] == [
+        "  tree[0]:input image",
+        "  tree[0]:output output",
+    ]
+    modules = {line.split()[0]: line.split()[1::2] for line in lines[lines.index("modules") + 1 :]}
+    assert modules == {
+        "(root)": ["5", "132"], "stem": ["1", "112"], "blocks": ["2", "20"], "0": ["1", "20"], "1": ["1", "0"],
+    }  # fmt: skip
+    assert "    0" not in ferry("inspect", "net.onnx", "--depth", "1").out
+    values = ferry("inspect", "net.onnx", "--json").values
+    assert values["parameters"] == 132
+    assert {row["path"] for row in values["modules"]} == {"", "stem", "blocks", "blocks.0", "blocks.1"}
+
+
+def test_inspect_what_somebody_else_exported(ferry, foreign):
+    out = ferry("inspect", str(foreign)).out
+    assert "  a: float32[rows, 2]" in out
+    assert "  ai.onnx 13" in out
+    assert "modules" not in out
+
+
+def test_inspect_what_is_no_model(ferry, place):
+    assert "is not a whole ONNX model" in ferry("inspect", "picture.png").refusal
+    assert "absent.onnx" in ferry("inspect", "absent.onnx").refusal

@@ -8,7 +8,7 @@ import pytest
 
 import torchferry
 
-COMMANDS = ("deploy", "export", "compile", "verify", "run", "op")
+COMMANDS = ("deploy", "export", "compile", "verify", "run", "inspect", "op")
 HEAVY = {
     "PIL", "jinja2", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "pydantic", "rich", "safetensors",
     "scipy", "skimage", "torch",

@@ -70,6 +70,21 @@ class TestSqueeze:
             assert operators(export(function, torch.rand(1, 3), symbolic_rewriter=symbolics)) == [expected]
 
 
+class TestMissingOperators:
+    """Case 5: a symbolic in one line, and the operator test."""
+
+    def test_asinh(self, symbolics):
+        symbolics.register_symbolic("asinh", is_pytorch=True)(lambda g, x: g.op("Asinh", x))
+        assert_op(torch.asinh, [((2, 3),), ((5, 4),), ((7,),)], symbolic_rewriter=symbolics)
+
+    def test_one_that_torch_onnx_lacks(self, symbolics):
+        cases = [((2, 3), (2, 3)), ((5, 4), (5, 4)), ((7,), (1,))]
+        with pytest.raises(OperatorError, match="'aten::fmax.default' .*has no translation"):
+            assert_op(torch.fmax, cases, symbolic_rewriter=symbolics)
+        symbolics.register_symbolic("fmax")(lambda g, a, b: g.op("Max", a, b))
+        assert_op(torch.fmax, cases, symbolic_rewriter=symbolics)
+
+
 class TestContext:
     def test_first_argument_and_get_context(self, symbolics):
         @symbolics.register_symbolic("asinh", is_pytorch=True, flavour="new")

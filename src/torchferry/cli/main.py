@@ -9,7 +9,15 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from torchferry import __version__
-from torchferry.cli import command_compile, command_deploy, command_export, command_op, command_run, command_verify
+from torchferry.cli import (
+    command_compile,
+    command_deploy,
+    command_export,
+    command_inspect,
+    command_op,
+    command_run,
+    command_verify,
+)
 from torchferry.cli.terminal import Terminal
 from torchferry.core.errors import ConfigError, TorchferryError
 
@@ -17,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # In the order in which they are used. To add one: a file with `add` and `run`, and its name here.
-_COMMANDS = (command_deploy, command_export, command_compile, command_verify, command_run, command_op)
+_COMMANDS = (command_deploy, command_export, command_compile, command_verify, command_run, command_inspect, command_op)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

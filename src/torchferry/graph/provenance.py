@@ -88,7 +88,8 @@ def record_provenance(model: ir.Model) -> None:
             if not source:
                 users = [user for output in node.outputs for user, _ in output.uses() if user.graph is graph]
                 known = next((u.metadata_props for u in users if u.metadata_props.get(SOURCE_KEY)), {})
-                module = module or known.get(MODULE_KEY, "")
+                if _SCOPES_KEY not in properties:  # in the root there are scopes, and they give no path
+                    module = known.get(MODULE_KEY, "")
                 source = known.get(SOURCE_KEY, "")
             properties[MODULE_KEY] = module
             properties[SOURCE_KEY] = source
