@@ -10,8 +10,8 @@ import torchferry
 
 COMMANDS = ("deploy", "export", "compile", "verify", "run", "inspect", "op")
 HEAVY = {
-    "PIL", "jinja2", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "pydantic", "rich", "safetensors",
-    "scipy", "skimage", "torch",
+    "PIL", "jinja2", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_extensions", "onnxscript", "openvino",
+    "pydantic", "rich", "safetensors", "scipy", "skimage", "torch",
 }  # fmt: skip
 
 
@@ -40,7 +40,9 @@ def test_loading_a_package_loads_neither_torch_nor_onnx():
 def test_help_and_a_wrong_flag_need_no_torch():
     code = "from torchferry.cli.main import main\ntry: main(['deploy', '{}'])\nexcept SystemExit: pass"
     for flag in ("--help", "--nonsense"):
-        assert not {"torch", "onnx", "onnxruntime"} & _loaded_by(code.format(flag))
+        assert not {"torch", "onnx", "onnxruntime", "onnxruntime_extensions", "openvino"} & _loaded_by(
+            code.format(flag)
+        )
 
 
 def test_version(ferry):

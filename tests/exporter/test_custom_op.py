@@ -14,7 +14,7 @@ from torchferry.core.errors import BackendError, ConfigError
 from torchferry.rewrite import SYMBOLIC_REWRITER
 from torchferry.testing import assert_op
 
-ENGINES = ["onnxruntime", "reference"]
+ENGINES = ["onnxruntime", "openvino", "reference"]
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +130,11 @@ def test_an_engine_without_the_operator_says_so(tmp_path):
     def alone(x: Tensor) -> Tensor:
         return x + 1
 
-    with pytest.raises(BackendError, match="samples_f:Alone") as caught:
-        ferry.compile(export(alone, torch.rand(2)), ferry.Target(), tmp_path / "engine")
-    assert "import the module that gives 'samples_f::Alone' a kernel" in caught.value.hint
+    exported = export(alone, torch.rand(2))
+    for engine in ("onnxruntime", "openvino"):
+        with pytest.raises(BackendError, match="samples_f::?Alone") as caught:
+            ferry.compile(exported, ferry.Target(engine), tmp_path / "engine")
+        assert "import the module that gives 'samples_f::Alone' a kernel" in caught.value.hint
 
 
 def padded_in_onnx(g, x):
@@ -239,20 +241,25 @@ def test_a_package_finds_the_kernel_of_the_process_that_opens_it(tmp_path):
     def negated(x: Tensor) -> Tensor:
         return -x
 
-    engine = ferry.compile(export(negated, torch.rand(2)), ferry.Target(), tmp_path / "engine")
-    ferry.pack(engine, tmp_path / "package")
+    exported = export(negated, torch.rand(2))
     code = (
         "import numpy, torchferry\n{}\n"
-        "with torchferry.load('package').open() as session:\n"
+        "with torchferry.load('{}').open() as session:\n"
         "    print(session.run({{'x': numpy.ones(2, numpy.float32)}}))\n"
     )
-    run = [
-        subprocess.run(
-            [sys.executable, "-c", code.format(line)], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        for line in ("import kernel_module", "")
-    ]
-    assert (run[0].returncode, run[0].stderr) == (0, "")
-    assert "array([-1., -1.]" in run[0].stdout
-    assert run[1].returncode == 1
-    assert "import the module that gives 'samples_p::Negated' a kernel" in run[1].stderr
+    for name in ("onnxruntime", "openvino"):
+        ferry.pack(ferry.compile(exported, ferry.Target(name), tmp_path / name), tmp_path / f"{name}_package")
+        run = [
+            subprocess.run(
+                [sys.executable, "-c", code.format(line, f"{name}_package")],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            for line in ("import kernel_module", "")
+        ]
+        assert (run[0].returncode, run[0].stderr) == (0, "")
+        assert "array([-1., -1.]" in run[0].stdout
+        assert run[1].returncode == 1
+        assert "import the module that gives 'samples_p::Negated' a kernel" in run[1].stderr

@@ -44,7 +44,7 @@ class Kernel:
         """Compute it; what it gives has the dtypes that were declared."""
         returned = self.function(*inputs, **attributes)
         results = returned if isinstance(returned, tuple | list) else (returned,)
-        return [np.ascontiguousarray(array, dtype) for array, dtype in zip(results, self.outputs, strict=True)]
+        return [np.asarray(array, dtype, order="C") for array, dtype in zip(results, self.outputs, strict=True)]
 
 
 _KERNELS: dict[str, Kernel] = {}

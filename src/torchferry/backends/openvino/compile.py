@@ -8,15 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchferry.backends.openvino.session import (
-    PRECISIONS,
-    OpenVinoSession,
-    core,
-    limits,
-    openvino,
-    properties,
-    translated,
-)
+from torchferry.backends.openvino.kernels import KernelOperators, kernel_nodes, with_shapes
+from torchferry.backends.openvino.library import core, limits, openvino, translated
+from torchferry.backends.openvino.session import PRECISIONS, OpenVinoSession, properties, read_onnx
 from torchferry.core.engine import Availability, Capabilities, Engine, Graph, Session
 from torchferry.core.errors import BackendError, UnsupportedError
 
@@ -27,11 +21,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from torchferry.core.engine import Array
-    from torchferry.core.signature import Signature
     from torchferry.core.target import Target
 
 
 MODEL_FILE = "model.xml"
+ONNX_FILE = "model.onnx"  # in place of it, where the graph has kernels in Python
 WEIGHTS_FILE = "model.bin"  # beside the model and of its name, as OpenVINO wants it; absent where there are none
 _DTYPES = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64",
@@ -64,13 +58,15 @@ class OpenVino:
         return Capabilities(precisions=precisions, max_opset=MAX_OPSET, dynamic_shapes=True)
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> None:
-        """Save the graph in OpenVINO's format, its weights as they are.
+        """Save the graph in OpenVINO's format, its weights as they are; as ONNX, if it has kernels in Python.
 
         Machine code and memory layouts are made when it is opened, so the folder can be carried to another machine. The
         precision is chosen then as well.
         """
-        source = folder / "exported.onnx"
-        model = _converted(graph, source)
+        source = folder / ONNX_FILE
+        model = _converted(graph, source, KernelOperators())
+        if kernel_nodes(graph.model):  # what they are in Python is not saved in OpenVINO's format
+            return
         with translated("save the graph"):
             openvino().save_model(model, str(folder / MODEL_FILE), compress_to_fp16=False)
         source.unlink()
@@ -80,7 +76,9 @@ class OpenVino:
 
     def trial(self, graph: Graph, folder: Path) -> Session:
         """Load the graph in fp32, with one thread."""
-        return OpenVinoSession(graph.signature, _converted(graph, folder / "model.onnx"), properties("fp32", threads=1))
+        operators = KernelOperators()
+        model = _converted(graph, folder / ONNX_FILE, operators)
+        return OpenVinoSession(graph.signature, model, properties("fp32", threads=1), operators)
 
     def open(self, engine: Engine, *, threads: int | None = None) -> Session:
         """Load the saved model.
@@ -95,29 +93,25 @@ class OpenVino:
         precision = engine.target.precision
         if precision not in self.capabilities().precisions:
             raise UnsupportedError(f"this CPU does not compute in {precision}", hint="compile it for fp32")
-        if WEIGHTS_FILE in engine.files:
-            engine.path(WEIGHTS_FILE)  # raises if it is gone
-        return OpenVinoSession(engine.signature, engine.path(MODEL_FILE), properties(precision, threads))
+        for file in engine.files:
+            engine.path(file)  # raises if it is gone, as the weights may be
+        model = engine.path(ONNX_FILE if ONNX_FILE in engine.files else MODEL_FILE)
+        return OpenVinoSession(engine.signature, model, properties(precision, threads))
 
 
-def _converted(graph: Graph, path: Path) -> Any:
+def _converted(graph: Graph, path: Path, operators: KernelOperators) -> Any:
     """Save a graph as ONNX and return what OpenVINO reads there; it may refer to the file's weights.
 
     Raises:
         BackendError: If OpenVINO refuses the graph, or would change numbers in it.
     """
     _check(graph)
-    graph.save(path)
+    with with_shapes(kernel_nodes(graph.model)):
+        graph.save(path)
     if graph.model.functions:
         _inline_functions(path)
     with translated("compile the graph"):
-        # From a file, not from memory: there it leaves out inputs without effect. The order is all that tells inputs
-        # apart, for names merge or vanish where an operator does nothing.
-        model = core().read_model(str(path))
-        found, expected = len(model.inputs), len(graph.signature.inputs)
-        if found != expected:
-            raise BackendError(f"OpenVINO finds {found} inputs in the graph, expected {expected}")
-        return _without_float64(model, graph.signature)
+        return read_onnx(path, graph.signature, operators)
 
 
 def _inline_functions(path: Path) -> None:
@@ -126,16 +120,6 @@ def _inline_functions(path: Path) -> None:
     from onnx.inliner import inline_local_functions
 
     onnx.save(inline_local_functions(onnx.load(path, load_external_data=False)), path)
-
-
-def _without_float64(model: Any, signature: Signature) -> Any:
-    """Make float64 inputs and outputs float32, since OpenVINO's own conversion takes infinities for large numbers."""
-    preparation = openvino().preprocess.PrePostProcessor(model)
-    for specs, port in ((signature.inputs, preparation.input), (signature.outputs, preparation.output)):
-        for place, spec in enumerate(specs):
-            if spec.dtype == "float64":
-                port(place).tensor().set_element_type(openvino().Type.f32)
-    return preparation.build()
 
 
 def _check(graph: Graph) -> None:

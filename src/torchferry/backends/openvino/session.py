@@ -2,64 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchferry.backends.openvino.kernels import KernelOperators
+from torchferry.backends.openvino.library import COMPUTED_IN, core, limits, openvino, translated
 from torchferry.core.engine import Session
-from torchferry.core.errors import BackendError, InputError, MissingBackendError
+from torchferry.core.errors import BackendError, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torchferry.core.engine import Array
     from torchferry.core.signature import Signature
     from torchferry.core.target import Precision
 
 PRECISIONS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
-_TELEMETRY = "openvino_telemetry"
-# What OpenVINO computes such types in on the CPU. A number outside the narrow type would change without a word.
-_COMPUTED_IN = {"int64": "int32", "uint64": "int32", "uint32": "int32", "float64": "float32"}
-
-
-def openvino() -> Any:
-    """Import OpenVINO, with no telemetry.
-
-    OpenVINO announces itself over the network while it is imported, if the package ``openvino-telemetry`` is there, and
-    does without where it is not. So that package is out of sight meanwhile.
-
-    Raises:
-        MissingBackendError: If it is not installed.
-    """
-    if "openvino" in sys.modules:
-        return sys.modules["openvino"]
-    seen = {name: module for name, module in sys.modules.items() if name.split(".")[0] == _TELEMETRY}
-    for name in seen:
-        del sys.modules[name]
-    sys.modules[_TELEMETRY] = None  # type: ignore[assignment] # the documented way to make an import fail
-    try:
-        return importlib.import_module("openvino")
-    except ImportError as exc:
-        raise MissingBackendError(
-            "the engine 'openvino' is not installed", hint="pip install 'torchferry[openvino]'"
-        ) from exc
-    finally:
-        del sys.modules[_TELEMETRY]
-        sys.modules.update(seen)
-
-
-def core() -> Any:
-    """Return a new ``openvino.Core``; what extends OpenVINO with operators is added to it here.
-
-    Raises:
-        MissingBackendError: If OpenVINO is not installed.
-    """
-    return openvino().Core()
 
 
 def properties(precision: Precision, threads: int | None) -> dict[str, Any]:
@@ -73,60 +33,32 @@ def properties(precision: Precision, threads: int | None) -> dict[str, Any]:
     return {**chosen, "INFERENCE_NUM_THREADS": threads} if threads else chosen
 
 
-@contextmanager
-def translated(doing: str) -> Iterator[None]:
-    """Turn OpenVINO's exceptions into ``BackendError``."""
-    try:
-        yield
-    except BackendError:
-        raise
-    except Exception as exc:
-        missing = re.search(r"No conversion rule found for operations: (.+)", str(exc))
-        reason = f"it has no operator {missing[1].strip()}" if missing else _shortened(str(exc))
-        hint = "write its symbolic in operators of ONNX, or use another backend" if missing else None
-        raise BackendError(f"OpenVINO cannot {doing}: {reason or type(exc).__name__}", hint=hint) from exc
-
-
-def _shortened(message: str) -> str:
-    """Keep the node and the reason; leave out places in OpenVINO's own source."""
-    node = re.search(r"\[CPU\] (\w+) node with name '([^']*)'", message)
-    lines = [
-        line.strip()
-        for line in message.splitlines()
-        if line.strip() and not re.match(r"Exception from |(\[CPU\] .*)?Check '.*' failed at |While validating ", line)
-    ]
-    # The places come first, and the last line of several tells most.
-    reason = " ".join(lines[-2:])
-    return f"{node[1]} node '{node[2]}': {reason}" if node else reason
-
-
-def limits(dtype: str) -> tuple[float, float] | None:
-    """Return the smallest and the largest number of a dtype that OpenVINO computes with; None if there is no limit."""
-    narrow = _COMPUTED_IN.get(dtype)
-    if narrow is None:
-        return None
-    info: Any = np.finfo(narrow) if narrow.startswith("float") else np.iinfo(narrow)
-    return info.min, info.max
-
-
 class OpenVinoSession(Session):
     """A loaded OpenVINO model.
 
     Args:
         signature: Names, dtypes, shapes and valid sizes.
-        model: The path of an IR file, with its weights beside it, or an ``openvino.Model``. Inputs and
-            outputs are in the signature's order; their names may be others, or none.
+        model: The path of an IR file, with its weights beside it, or of an ONNX file for a graph with kernels, or an
+            ``openvino.Model``. Inputs and outputs are in the signature's order; their names may be others, or none.
         options: From ``properties``.
+        operators: With which an ``openvino.Model`` was read.
     """
 
-    def __init__(self, signature: Signature, model: Any, options: dict[str, Any]) -> None:
+    def __init__(
+        self, signature: Signature, model: Any, options: dict[str, Any], operators: KernelOperators | None = None
+    ) -> None:
         super().__init__(signature)
+        self._operators = operators or KernelOperators()
         with translated(f"load '{model}'" if isinstance(model, Path) else "load the graph"):
             self._compiled: Any = core().compile_model(
-                _read(model) if isinstance(model, Path) else model, "CPU", options
+                self._read(model) if isinstance(model, Path) else model, "CPU", options
             )
-        self._limited = [(spec, limits(spec.dtype)) for spec in signature.inputs if spec.dtype in _COMPUTED_IN]
+            self._operators.settle()
+        self._limited = [(spec, limits(spec.dtype)) for spec in signature.inputs if spec.dtype in COMPUTED_IN]
         self._idle: list[Any] = []  # requests, of which each serves one call at a time
+
+    def _read(self, path: Path) -> Any:
+        return read_onnx(path, self.signature, self._operators) if path.suffix == ".onnx" else _read(path)
 
     def _execute(self, feeds: dict[str, Array]) -> Sequence[Array]:
         for spec, limit in self._limited:
@@ -147,6 +79,34 @@ class OpenVinoSession(Session):
     def _release(self) -> None:
         self._idle = []
         self._compiled = None
+        self._operators.release()
+
+
+def read_onnx(path: Path, signature: Signature, operators: KernelOperators) -> Any:
+    """Return what OpenVINO reads in an ONNX file, to which it may refer for weights.
+
+    Raises:
+        BackendError: If it has another number of inputs than the signature.
+    """
+    reader = core()
+    operators.add_to(reader)
+    # From a file, not from memory: there it leaves out inputs without effect. The order is all that tells inputs
+    # apart, for names merge or vanish where an operator does nothing.
+    model = reader.read_model(str(path))
+    found, expected = len(model.inputs), len(signature.inputs)
+    if found != expected:
+        raise BackendError(f"OpenVINO finds {found} inputs in the graph, expected {expected}")
+    return _without_float64(model, signature)
+
+
+def _without_float64(model: Any, signature: Signature) -> Any:
+    """Make float64 inputs and outputs float32, since OpenVINO's own conversion takes infinities for large numbers."""
+    preparation = openvino().preprocess.PrePostProcessor(model)
+    for specs, port in ((signature.inputs, preparation.input), (signature.outputs, preparation.output)):
+        for place, spec in enumerate(specs):
+            if spec.dtype == "float64":
+                port(place).tensor().set_element_type(openvino().Type.f32)
+    return preparation.build()
 
 
 def _read(path: Path) -> Any:
@@ -169,6 +129,6 @@ def _check_range(name: str, array: Array, limit: tuple[float, float] | None) -> 
     if outside.size:
         raise InputError(
             f"input '{name}' holds {outside[0]}, but OpenVINO computes {array.dtype.name} in "
-            f"{_COMPUTED_IN[array.dtype.name]}",
+            f"{COMPUTED_IN[array.dtype.name]}",
             hint="give numbers that fit, or use another backend",
         )

@@ -1,0 +1,105 @@
+"""OpenVINO itself: importing it, its exceptions, and the numbers that it computes with."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from torchferry.core.errors import BackendError, MissingBackendError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_TELEMETRY = "openvino_telemetry"
+# What OpenVINO computes such types in on the CPU. A number outside the narrow type would change without a word.
+COMPUTED_IN = {"int64": "int32", "uint64": "int32", "uint32": "int32", "float64": "float32"}
+
+
+def openvino() -> Any:
+    """Import OpenVINO, with no telemetry.
+
+    OpenVINO announces itself over the network while it is imported, if the package ``openvino-telemetry`` is there, and
+    does without where it is not. So that package is out of sight meanwhile.
+
+    Raises:
+        MissingBackendError: If it is not installed.
+    """
+    if "openvino" in sys.modules:
+        return sys.modules["openvino"]
+    seen = {name: module for name, module in sys.modules.items() if name.split(".")[0] == _TELEMETRY}
+    for name in seen:
+        del sys.modules[name]
+    sys.modules[_TELEMETRY] = None  # type: ignore[assignment] # the documented way to make an import fail
+    try:
+        return importlib.import_module("openvino")
+    except ImportError as exc:
+        raise MissingBackendError(
+            "the engine 'openvino' is not installed", hint="pip install 'torchferry[openvino]'"
+        ) from exc
+    finally:
+        del sys.modules[_TELEMETRY]
+        sys.modules.update(seen)
+
+
+def core() -> Any:
+    """Return a new ``openvino.Core``.
+
+    Raises:
+        MissingBackendError: If OpenVINO is not installed.
+    """
+    return openvino().Core()
+
+
+@contextmanager
+def translated(doing: str) -> Iterator[None]:
+    """Turn OpenVINO's exceptions into ``BackendError``."""
+    try:
+        yield
+    except BackendError:
+        raise
+    except Exception as exc:
+        reason, hint = _reason(str(exc))
+        raise BackendError(f"OpenVINO cannot {doing}: {reason or type(exc).__name__}", hint=hint) from exc
+
+
+def _reason(message: str) -> tuple[str, str | None]:
+    """Return what went wrong, and what to do about it."""
+    ours = re.search(r"BackendError: (.+?)\n\nAt:\n", message, re.DOTALL)
+    if ours:
+        return ours[1], None
+    missing = re.search(r"No conversion rule found for operations: (.+)", message)
+    if not missing:
+        return _shortened(message), None
+    names = ["::".join(name.rsplit(".", 1)) for name in missing[1].strip().split(", ")]
+    reason = f"it has no operator {', '.join(names)}"
+    own = next((name for name in names if "::" in name), None)
+    if own:
+        return reason, f"import the module that gives '{own}' a kernel, or write its symbolic in operators of ONNX"
+    return reason, "write its symbolic in operators of ONNX, or use another backend"
+
+
+def _shortened(message: str) -> str:
+    """Keep the node and the reason; leave out places in OpenVINO's own source."""
+    node = re.search(r"\[CPU\] (\w+) node with name '([^']*)'", message)
+    lines = [
+        line.strip()
+        for line in message.splitlines()
+        if line.strip() and not re.match(r"Exception from |(\[CPU\] .*)?Check '.*' failed at |While validating ", line)
+    ]
+    # The places come first, and the last line of several tells most.
+    reason = " ".join(lines[-2:])
+    return f"{node[1]} node '{node[2]}': {reason}" if node else reason
+
+
+def limits(dtype: str) -> tuple[float, float] | None:
+    """Return the smallest and the largest number of a dtype that OpenVINO computes with; None if there is no limit."""
+    narrow = COMPUTED_IN.get(dtype)
+    if narrow is None:
+        return None
+    info: Any = np.finfo(narrow) if narrow.startswith("float") else np.iinfo(narrow)
+    return info.min, info.max
