@@ -29,7 +29,7 @@ TORCH = {"rewrite", "exporter", "precision", "verification", "codebases", "pipel
 # What one package may have besides the standard library and Torchferry itself, wherever that matters.
 HEAVY = {
     "torch": TORCH,
-    "onnx": {"graph", "backends", "exporter", "pipeline", "testing"},
+    "onnx": {"graph", "backends", "exporter", "partitioning", "pipeline", "testing"},
     "onnx_ir": {"graph", "backends", "exporter", "partitioning", "precision", "verification", "pipeline", "testing"},
     "onnxscript": {"exporter", "rewrite"},
     "safetensors": {"exporter"},

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torchferry.exporter.source import Source
     from torchferry.graph.exported import Exported
     from torchferry.package import Package, Postprocess, Preprocess, load, pack
+    from torchferry.partitioning import partition
     from torchferry.pipeline.deploy import deploy
     from torchferry.pipeline.export import export
     from torchferry.rewrite import (
@@ -51,6 +52,7 @@ _HOMES = {
     "MODULE_REWRITER": "torchferry.rewrite",
     "SYMBOLIC_REWRITER": "torchferry.rewrite",
     "RewriterContext": "torchferry.rewrite",
+    "partition": "torchferry.partitioning",
     "patch_model": "torchferry.rewrite",
     "register_op": "torchferry.rewrite",
     "DimRange": "torchferry.core.signature",
@@ -106,6 +108,7 @@ __all__ = [
     "mark",
     "mark_tensors",
     "pack",
+    "partition",
     "patch_model",
     "register_op",
     "rewriters",

@@ -233,3 +233,22 @@ def test_inspect_what_somebody_else_exported(ferry, foreign):
 def test_inspect_what_is_no_model(ferry, place):
     assert "is not a whole ONNX model" in ferry("inspect", "picture.png").refusal
     assert "absent.onnx" in ferry("inspect", "absent.onnx").refusal
+
+
+def test_partition(ferry, foreign, place):
+    ran = ferry("partition", str(foreign), "--start", "a", "--end", "sum", "-o", "first.onnx")
+    assert (ran.status, ran.out, ran.err) == (0, "first.onnx\n", "")
+    model = onnx.load(place / "first.onnx")
+    assert ([node.op_type for node in model.graph.node], model.graph.output[0].name) == (["Add"], "sum")
+    values = ferry("partition", str(foreign), "--start", "sum", "--json").values
+    assert (values["model"], values["inputs"]) == ("part.onnx", ["sum: float32[rows, 2]"])
+    assert [node.op_type for node in onnx.load(place / "part.onnx").graph.node] == ["Relu"]
+
+
+def test_partition_of_what_is_not_there(ferry, foreign, place, tree):
+    before = tree(place)
+    ran = ferry("partition", str(foreign), "--start", "summ", "-o", "first.onnx")
+    assert ran.status == 2
+    assert "summ" in ran.err
+    assert "'sum'" in ran.err
+    assert tree(place) == before

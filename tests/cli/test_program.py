@@ -8,7 +8,7 @@ import pytest
 
 import torchferry
 
-COMMANDS = ("deploy", "export", "compile", "verify", "run", "inspect", "op")
+COMMANDS = ("deploy", "export", "compile", "verify", "run", "partition", "inspect", "op")
 HEAVY = {
     "PIL", "jinja2", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_extensions", "onnxscript", "openvino",
     "pydantic", "rich", "safetensors", "scipy", "skimage", "torch",

@@ -34,6 +34,7 @@ NAMES = [
     "mark",
     "mark_tensors",
     "pack",
+    "partition",
     "patch_model",
     "register_op",
     "rewriters",

@@ -15,6 +15,7 @@ from torchferry.cli import (
     command_export,
     command_inspect,
     command_op,
+    command_partition,
     command_run,
     command_verify,
 )
@@ -25,7 +26,16 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # In the order in which they are used. To add one: a file with `add` and `run`, and its name here.
-_COMMANDS = (command_deploy, command_export, command_compile, command_verify, command_run, command_inspect, command_op)
+_COMMANDS = (
+    command_deploy,
+    command_export,
+    command_compile,
+    command_verify,
+    command_run,
+    command_partition,
+    command_inspect,
+    command_op,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

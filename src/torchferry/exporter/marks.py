@@ -30,6 +30,7 @@ import torch
 from onnxscript import evaluator
 
 from torchferry.core.errors import ConfigError
+from torchferry.graph.marks import MARK_DOMAIN, MARK_OPERATOR, is_mark
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
     Function = TypeVar("Function", bound=Callable[..., Any])
 
-DOMAIN = "torchferry.mark"
 _ATTRIBUTES = ("func", "func_id", "type", "name", "id", "dtype", "shape")
 
 _LIBRARY: Any = torch.library.Library("torchferry", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -98,7 +98,7 @@ class Marks:
     def translation(self, x: ir.Value, number: int) -> ir.Value:
         """Put a Mark into the graph that torch.onnx is making."""
         attributes = ir.convenience.convert_attributes(self._table[number])
-        node = ir.Node(DOMAIN, "Mark", [x], attributes, num_outputs=1, version=1)
+        node = ir.Node(MARK_DOMAIN, MARK_OPERATOR, [x], attributes, num_outputs=1, version=1)
         recorder: Any = evaluator.default()  # torch.onnx's own, while it translates a node
         recorder.nodes.append(node)
         return node.outputs[0]
@@ -106,7 +106,7 @@ class Marks:
 
 def complete_marks(model: ir.Model) -> None:
     """Note dtype and shape on every Mark, and add the function that they are."""
-    marks = [node for graph in model.graphs() for node in graph if node.domain == DOMAIN]
+    marks = [node for graph in model.graphs() for node in graph if is_mark(node)]
     for node in marks:
         value = node.inputs[0]
         assert value is not None  # a Mark is of a tensor
@@ -116,7 +116,7 @@ def complete_marks(model: ir.Model) -> None:
     if marks:
         function = _identity(model.opset_imports[""])
         model.functions[function.identifier()] = function
-        model.opset_imports[DOMAIN] = 1
+        model.opset_imports[MARK_DOMAIN] = 1
 
 
 def _identity(opset: int) -> ir.Function:
@@ -126,7 +126,7 @@ def _identity(opset: int) -> ir.Function:
     graph = ir.Graph([x], body.outputs, nodes=[body], opset_imports={"": opset})
     # Those that every Mark has; onnx's evaluator asks a node for all that are declared.
     declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in _ATTRIBUTES]
-    return ir.Function(DOMAIN, "Mark", graph=graph, attributes=declared)
+    return ir.Function(MARK_DOMAIN, MARK_OPERATOR, graph=graph, attributes=declared)
 
 
 _ACTIVE: ContextVar[Marks | None] = ContextVar("marks", default=None)

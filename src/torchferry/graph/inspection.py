@@ -6,12 +6,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from torchferry.graph.marks import is_mark
 from torchferry.graph.provenance import provenance
 
 if TYPE_CHECKING:
     from torchferry.graph.exported import Exported
-
-_MARK = ("torchferry.mark", "Mark")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def inspect(exported: Exported) -> Inspection:
     operators: dict[str, Counter[str]] = {}
     for node in nodes:
         operators.setdefault(node.domain or "ai.onnx", Counter())[node.op_type] += 1
-    marks = [node for node in nodes if (node.domain, node.op_type) == _MARK]
+    marks = [node for node in nodes if is_mark(node)]
     weights = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     return Inspection(
         tuple(map(str, exported.signature.inputs)),
