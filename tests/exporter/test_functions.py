@@ -1,9 +1,12 @@
 """``autograd.Function``s with a symbolic: exported as that, their forward never traced."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import trace_rules
 from torch.autograd import Function
 
 import torchferry as ferry
@@ -308,15 +311,29 @@ class TestHowItIsCalled:
         exported = ferry.export(model, (torch.rand(2, 3), torch.rand(2, 5)))
         agree(run, exported, model, torch.rand(2, 3), torch.rand(2, 5))
 
-    def test_the_original_acts_again_afterwards(self):
-        ferry.export(nn.Sequential(Wrapped()).eval(), (torch.ones(2),))
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_the_original_acts_again_afterwards(self, fails, monkeypatch):
         code = Function.apply.__func__.__code__
-        assert code.co_filename.endswith("function.py")
+        allowed = trace_rules.is_callable_allowed(Doubled)
+        asked = []
+        monkeypatch.setattr(Wrapped, "watch", lambda: asked.append(torch.onnx.is_in_onnx_export()))
+        if fails:
+            monkeypatch.setattr(Doubled, "symbolic", staticmethod(lambda g, a, b: g.op("Nothing", a)))
+        with pytest.raises(OperatorError) if fails else nullcontext():
+            ferry.export(nn.Sequential(Wrapped()).eval(), (torch.ones(2),))
+        assert asked == [True]
+        assert Function.apply.__func__.__code__ is code
+        assert trace_rules.is_callable_allowed(Doubled) == allowed
+        assert not torch.onnx.is_in_onnx_export()
+        assert torch._C._len_torch_function_stack() == 0
         assert Doubled.apply(torch.ones(2), torch.ones(2)).tolist() == [3.0, 3.0]
 
 
 class Wrapped(nn.Module):
+    watch = staticmethod(lambda: None)
+
     def forward(self, x):
+        Wrapped.watch()
         return Doubled.apply(x, x)
 
 
