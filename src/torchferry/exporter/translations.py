@@ -28,7 +28,19 @@ def squeeze_dim(self: Any, dim: int) -> Any:
     return squeeze_dims(self, [dim])
 
 
+def amax(self: Any, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
+    """Take the largest of some axes, or of all; torch.onnx's translation fails where ``dim`` is left out."""
+    return op.ReduceMax(self, list(dim), keepdims=keepdim) if dim else op.ReduceMax(self, keepdims=keepdim)
+
+
+def amin(self: Any, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
+    """Take the smallest, as ``amax``."""
+    return op.ReduceMin(self, list(dim), keepdims=keepdim) if dim else op.ReduceMin(self, keepdims=keepdim)
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.amax.default: amax,
+    torch.ops.aten.amin.default: amin,
     torch.ops.aten.squeeze.dim: squeeze_dim,
     torch.ops.aten.squeeze.dims: squeeze_dims,
 }
