@@ -53,8 +53,8 @@ def test_version(ferry):
 def test_help(ferry):
     ran = ferry("--help")
     assert ran.status == 0
-    for command in COMMANDS:
-        assert f"    {command} " in ran.out
+    listed = [line.split()[0] for line in ran.out.splitlines() if line.startswith("    ") and line[4] != " "]
+    assert tuple(listed) == COMMANDS
 
 
 @pytest.mark.parametrize("command", COMMANDS)
