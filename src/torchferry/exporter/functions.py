@@ -194,7 +194,7 @@ class Functions:
 
     Attributes:
         calls: Those that stand in the graph, by number.
-        is_unseen: Whether tracing failed for want of ``watch``.
+        is_unseen: Whether tracing failed for want of ``watching``.
     """
 
     def __init__(self, chosen: Mapping[SymbolicTarget, Symbolic], opsets: tuple[int, int]) -> None:
