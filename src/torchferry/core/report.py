@@ -130,10 +130,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the pictures as plain JSON values; numbers that JSON lacks become text."""
-        plain: dict[str, Any] = _plain(
-            {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "pictures"}
-        )
-        return {"passed": self.passed, **plain}
+        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "pictures"}
+        return {"passed": self.passed, **plain(shown)}
 
     def to_json(self) -> str:
         """Render as JSON."""
@@ -156,13 +154,14 @@ class Report:
         write_text(path, renderer())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Return dataclasses, mappings and sequences as plain JSON values; numbers that JSON lacks become text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not (float("-inf") < value < float("inf")):
         return str(value)
     return value

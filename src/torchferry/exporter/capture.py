@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.fx.experimental import _config
@@ -41,9 +41,23 @@ if TYPE_CHECKING:
 _MODAL = (torch.nn.modules.batchnorm._BatchNorm, torch.nn.modules.dropout._DropoutNd, torch.nn.RReLU)
 
 
+class Captured(NamedTuple):
+    """What capturing a module gives.
+
+    Attributes:
+        exported: The graph.
+        log: What became of the rewriters.
+        program: What torch.onnx translated, an operator at a time; most values of the graph have its nodes' names.
+    """
+
+    exported: Exported
+    log: RewriteLog
+    program: torch.export.ExportedProgram
+
+
 def capture(
     source: Source, target: Target, rewriting: Callable[[], RewriterContext], *, apply_marks: bool = False
-) -> tuple[Exported, RewriteLog]:
+) -> Captured:
     """Export a module; its parameters are shared with the result, not copied.
 
     Sizes 0 and 1 of every dynamic dimension stay outside the ranges; ``verification.settle`` runs them.
@@ -53,9 +67,6 @@ def capture(
         target: For the opset; the rest is recorded.
         rewriting: Makes the context in which the module is traced, a fresh one for each attempt.
         apply_marks: Put what ``mark`` and ``mark_tensors`` name into the graph.
-
-    Returns:
-        The graph, and what became of the rewriters.
 
     Raises:
         ModelError: If the module fails on its own example in PyTorch.
@@ -71,7 +82,7 @@ def capture(
         with marks.applied() if apply_marks else nullcontext():
             program, context, symbolics = _trace(source, declared, target, rewriting, marks)
         try:
-            model = _translate(program, source, target, symbolics, marks)
+            model, translated = _translate(program, source, target, symbolics, marks)
             function_findings = symbolics.findings()
         finally:
             symbolics.functions.close()
@@ -99,7 +110,7 @@ def capture(
         traced.relations,
     )
     report = Report(f"export of {type(source.model).__name__}", tuple(findings))
-    return Exported(model, signature, target, report), context.log
+    return Captured(Exported(model, signature, target, report), context.log, translated)
 
 
 @contextmanager
@@ -201,7 +212,7 @@ def _torch_export(
 
 def _translate(
     program: torch.export.ExportedProgram, source: Source, target: Target, symbolics: Symbolics, marks: Marks
-) -> ir.Model:
+) -> tuple[ir.Model, torch.export.ExportedProgram]:
     translations: dict[Any, Callable[..., Any]] = {
         **TRANSLATIONS,
         **symbolics.translations(),
@@ -227,7 +238,8 @@ def _translate(
         raise
     except Exception as exc:
         raise export_error(exc, source, program, opset=target.opset, translations=translations) from exc
-    return onnx_program.model
+    assert onnx_program.exported_program is not None
+    return onnx_program.model, onnx_program.exported_program
 
 
 def _asked_of_torch(target: Target) -> int | None:

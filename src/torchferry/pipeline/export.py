@@ -90,8 +90,8 @@ def export(
     context = functools.partial(
         rewriter_context, source, target, cfg, **{name: own for name, own in registries.items() if own is not None}
     )
-    exported, log = capture(source, target, context, apply_marks=apply_marks)
-    exported = _with_rewrites(exported, source, log, context)
+    captured = capture(source, target, context, apply_marks=apply_marks)
+    exported = _with_rewrites(captured.exported, source, captured.log, context)
     with reference(exported, source, context) as against:
         return settle(exported, against)
 
