@@ -246,3 +246,21 @@ def test_marks_do_not_change_what_is_computed(tmp_path):
         with engine.open() as session:
             results.append(next(iter(session.run({"x": x.numpy()}).values())))
     np.testing.assert_array_equal(*results)
+
+
+def test_marks_leave_the_batch_unbounded():
+    """torch chooses a convolution's algorithm on fake tensors, and NNPACK's takes batches below 16 alone."""
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.deep = nn.Conv2d(3, 3, 3, 2, 1)
+            self.head = nn.Conv2d(3, 5, 1)
+
+        def forward(self, x):
+            deep = ferry.mark_tensors("deep", self.deep(x))
+            return self.head(ferry.mark_tensors("x", x) + nn.functional.interpolate(deep, size=x.shape[-2:]))
+
+    shapes = {"x": {0: "n", 2: "h", 3: "w"}}
+    exported = ferry.export(Head().eval(), torch.rand(2, 3, 8, 8), apply_marks=True, dynamic_shapes=shapes)
+    assert exported.signature.dims["n"].max is None

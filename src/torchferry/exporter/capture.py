@@ -202,6 +202,7 @@ def _torch_export(
     with (
         quiet(),
         torch.no_grad(),
+        torch.backends.nnpack.flags(enabled=False),  # as in _translate
         guards.user_lines(__file__),
         _config.patch(backed_size_oblivious=oblivious),  # type: ignore[attr-defined]
     ):
@@ -219,7 +220,8 @@ def _translate(
         MARK: marks.translation,
     }
     try:
-        with quiet(), torch.no_grad():
+        # torch.onnx runs the graph on fake tensors again; choosing NNPACK there would bound the batch to 15.
+        with quiet(), torch.no_grad(), torch.backends.nnpack.flags(enabled=False):
             onnx_program = torch.onnx.export(
                 program,
                 dynamo=True,
