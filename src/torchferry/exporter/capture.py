@@ -17,6 +17,7 @@ from torchferry.core.signature import Signature
 from torchferry.exporter import dimensions, guards
 from torchferry.exporter.failures import export_error
 from torchferry.exporter.lost import lost_inputs
+from torchferry.exporter.mark_sizes import take_sizes_from_marks
 from torchferry.exporter.marks import MARK, Marks, complete_marks
 from torchferry.exporter.quiet import quiet
 from torchferry.exporter.symbolics import Symbolics
@@ -231,6 +232,8 @@ def _translate(
                 verbose=False,
             )
             assert onnx_program is not None
+            assert onnx_program.exported_program is not None
+            take_sizes_from_marks(onnx_program.model, onnx_program.exported_program)
             symbolics.expand(onnx_program.model)
             onnx_program.optimize()
             symbolics.add_functions(onnx_program.model)
@@ -240,7 +243,6 @@ def _translate(
         raise
     except Exception as exc:
         raise export_error(exc, source, program, opset=target.opset, translations=translations) from exc
-    assert onnx_program.exported_program is not None
     return onnx_program.model, onnx_program.exported_program
 
 

@@ -95,6 +95,10 @@ class Marks:
 
         return marked
 
+    def boundaries(self) -> list[tuple[str, int, str, int]]:
+        """Return function, call, side and number of every tensor that was marked, by its number in all."""
+        return [(row["func"], row["func_id"], row["type"], row["id"]) for row in self._table]
+
     def translation(self, x: ir.Value, number: int) -> ir.Value:
         """Put a Mark into the graph that torch.onnx is making."""
         attributes = ir.convenience.convert_attributes(self._table[number])
