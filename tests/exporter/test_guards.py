@@ -133,6 +133,30 @@ class TestRelations:
         with pytest.raises(InputError, match="n"):
             session.run({"x": ones(7, 3)})
 
+    def test_caution_of_torch_about_a_computed_size_of_one_is_no_relation(self, opened):
+        class Rows(nn.Module):
+            def forward(self, x):
+                y = nn.functional.max_pool2d(x, 3, 4, 1)
+                return y.permute(0, 2, 3, 1).reshape(y.shape[0], -1, 5)
+
+        shapes = {"x": {0: "n", 2: "h", 3: "w"}}
+        exported = ferry.export(Rows(), torch.rand(2, 5, 4, 6), dynamic_shapes=shapes)
+        assert exported.signature.relations == ()
+        x = np.random.default_rng(0).random((3, 5, 1, 1), np.float32)
+        np.testing.assert_array_equal(only(opened(exported).run({"x": x})), x.reshape(3, 1, 5))
+        assert only(opened(exported).run({"x": ones(1, 5, 9, 9)})).shape == (1, 9, 5)
+
+    def test_a_branch_on_a_computed_size_of_one_is_a_relation(self, opened):
+        class Area(nn.Module):
+            def forward(self, x):
+                return x + 1 if x.shape[0] * x.shape[1] != 1 else x + 2
+
+        exported = ferry.export(Area(), torch.rand(3, 4), dynamic_shapes={"x": {0: "h", 1: "w"}})
+        session = opened(exported)
+        np.testing.assert_array_equal(only(session.run({"x": ones(1, 2)})), 2 * ones(1, 2))
+        with pytest.raises(InputError, match="!= 1"):
+            session.run({"x": ones(1, 1)})
+
     def test_equal_names_declare_equal_sizes(self, opened):
         class Sums(nn.Module):
             def forward(self, x, y):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from torchferry import backends
-from torchferry.core.compare import TOLERANCES, compare
+from torchferry.core.compare import TOLERANCES, Tolerance, compare
 from torchferry.core.errors import BackendError, InputError
 from torchferry.core.expressions import Expression
 from torchferry.core.report import Finding
@@ -24,7 +25,7 @@ from torchferry.exporter.capture import evaluation_mode
 from torchferry.exporter.inputs import flatten_outputs, to_numpy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torchferry.core.engine import Session
     from torchferry.core.signature import DimRange, Relation, Signature
@@ -35,15 +36,18 @@ from torchferry.verification.isolation import run_isolated
 
 _DIFFERS_HINT = "the exporter translated something wrongly; take the suspect operation out and export again"
 _SPECIAL = (0, 1)
+_CAUTION = re.compile(r"!= [01]$")
+_SMALL = 16  # the largest size at which a relation of torch's own is looked at
 _MAX_TRIES = 256  # combinations of sizes looked through for one that the relations allow
 
 
-def settle(exported: Exported, source: Source) -> Exported:
+def settle(exported: Exported, source: Source, tolerance: Tolerance = TOLERANCES["fp32"]) -> Exported:
     """Run sizes 0 and 1 of every dynamic dimension against PyTorch; let in those that agree, name those that do not.
 
     Args:
         exported: As captured, with ranges that start at 2 wherever the model does not say otherwise.
         source: What it was captured from; its example supplies the data.
+        tolerance: What is asked of the graph.
 
     Returns:
         The same graph with its ranges settled, and a finding for every size that stays excluded; an error
@@ -63,7 +67,7 @@ def settle(exported: Exported, source: Source) -> Exported:
             session = stack.enter_context(backends.get(trial).trial(exported.replace(signature=free), Path(folder)))
         except BackendError as exc:
             return _unsettled_graph(exported, first_line(exc), "the graph is for an engine that has all its operators")
-        return _settle_with(session, exported, source, open_sizes)
+        return _settle_with(session, exported, source, open_sizes, tolerance)
 
 
 def _unsettled_graph(exported: Exported, reason: str, hint: str) -> Exported:
@@ -88,14 +92,16 @@ def _trial_backend(target: Target) -> str | None:
     return None
 
 
-def _settle_with(session: Session, exported: Exported, source: Source, open_sizes: Mapping[str, list[int]]) -> Exported:
+def _settle_with(
+    session: Session, exported: Exported, source: Source, open_sizes: Mapping[str, list[int]], tolerance: Tolerance
+) -> Exported:
     signature = exported.signature
     example = source.names.tensors(source.call)
     own = signature.sizes_of({name: to_numpy(tensor) for name, tensor in example.items()})
     base = {dim: max(size, max(_SPECIAL) + 1) for dim, size in own.items()}
     dims = dict(signature.dims)
     findings: list[Finding] = []
-    wrong = _differs(session, source, example, signature, base)
+    wrong = _differs(session, source, example, signature, base, tolerance)
     if wrong:
         sized = ", ".join(f"{dim}={size}" for dim, size in base.items())
         finding = Finding("graph-differs", "error", f"at the example's sizes ({sized}) {wrong}", hint=_DIFFERS_HINT)
@@ -107,13 +113,47 @@ def _settle_with(session: Session, exported: Exported, source: Source, open_size
             verdicts[size] = (
                 _unsatisfied(signature.relations, dim)
                 if trial is None
-                else _differs(session, source, example, signature, trial)
+                else _differs(session, source, example, signature, trial, tolerance)
             )
             if verdicts[size]:
                 findings.append(_excluded_finding(dim, size, verdicts[size], own[dim] == size))
         dims[dim] = _with_verdicts(dims[dim], verdicts)
     signature = dataclasses.replace(signature, dims=dims)
+
+    def differs(sizes: Mapping[str, int]) -> str:
+        return _differs(session, source, example, signature, sizes, tolerance)
+
+    kept = [relation for relation in signature.relations if not _is_settled(relation, signature, base, differs)]
+    signature = dataclasses.replace(signature, relations=tuple(kept))
     return exported.replace(signature=signature, report=exported.report.with_findings(findings))
+
+
+def _is_settled(
+    relation: Relation, signature: Signature, base: Mapping[str, int], differs: Callable[[Mapping[str, int]], str]
+) -> bool:
+    """Tell whether a relation is torch's own caution about a computed size of 0 or 1, and the graph is right there.
+
+    Two of the sizes that the relation refuses, and nothing else does, are run: the smallest and the largest found.
+    """
+    if not _CAUTION.search(relation.expression):
+        return False
+    others = tuple(other for other in signature.relations if other is not relation)
+    alone = dataclasses.replace(signature, relations=others)
+    names = sorted(Expression(relation.expression).names)
+    refused = []
+    for choice in itertools.islice(itertools.product(range(1, _SMALL + 1), repeat=len(names)), _MAX_TRIES):
+        sizes = {**base, **dict(zip(names, choice, strict=True))}
+        if not relation.holds(sizes) and _takes(alone, sizes):
+            refused.append(sizes)
+    return bool(refused) and not any(differs(sizes) for sizes in (refused[0], refused[-1]))
+
+
+def _takes(signature: Signature, sizes: Mapping[str, int]) -> bool:
+    try:
+        signature.check_sizes(sizes)
+    except InputError:
+        return False
+    return True
 
 
 def _excluded_finding(dim: str, size: int, reason: str, is_example: bool) -> Finding:
@@ -152,6 +192,7 @@ def _differs(
     example: Mapping[str, torch.Tensor],
     signature: Signature,
     sizes: Mapping[str, int],
+    tolerance: Tolerance,
 ) -> str:
     """Run PyTorch and the graph at these sizes; return how they differ, empty if they do not."""
     tensors = resized(example, signature, sizes)
@@ -166,7 +207,7 @@ def _differs(
     except (BackendError, InputError) as exc:
         return f"the graph fails there ({first_line(exc)})"
     for name, want in zip(signature.output_names, expected, strict=True):
-        comparison = compare(to_numpy(want), actual[name], TOLERANCES["fp32"], name=name)
+        comparison = compare(to_numpy(want), actual[name], tolerance, name=name)
         if not comparison.passed:
             return f"the graph differs from PyTorch there ('{name}': {comparison.reason})"
     return ""
@@ -218,11 +259,7 @@ def sizes_to_try(signature: Signature, own: Mapping[str, int]) -> Iterator[dict[
     seen = [dict(own)]
 
     def fresh(sizes: dict[str, int]) -> bool:
-        try:
-            signature.check_sizes(sizes)
-        except InputError:
-            return False
-        return sizes not in seen and not seen.append(sizes)  # type: ignore[func-returns-value]
+        return _takes(signature, sizes) and sizes not in seen and not seen.append(sizes)  # type: ignore[func-returns-value]
 
     for dim, allowed in signature.dims.items():
         size = own[dim]
