@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from torchferry.pipeline.config import DeployConfig
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of everything that starts from a PyTorch model."""
-    parser.add_argument("config", nargs="?", metavar="CONFIG", help="a deploy.toml; flags override it")
+def add_model_flags(parser: argparse.ArgumentParser, config: str = "CONFIG") -> None:
+    """Add the flags of everything that starts from a PyTorch model, and say what the first argument may be."""
+    parser.add_argument("config", nargs="?", metavar=config, help="a deploy.toml; flags override it")
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="REF", help="module:factory or file.py:factory")
     model.add_argument("--checkpoint", metavar="FILE", help="safetensors, or what torch.save wrote")
@@ -70,14 +70,14 @@ def _from_flags(options: argparse.Namespace, config: dict[str, Any]) -> dict[str
 
     def put(key: str, value: Any) -> None:
         nonlocal values
-        if value is not None and value is not False:
+        if value is not None:
             for part in reversed(key.split(".")):
                 value = {part: value}
             values = merge(values, value)
 
     put("model.factory", options.model)
     put("model.checkpoint", options.checkpoint)
-    put("model.unsafe_checkpoint", options.unsafe_checkpoint)
+    put("model.unsafe_checkpoint", options.unsafe_checkpoint or None)
     put("inputs", options.input)
     put("export.input_names", options.input_names and options.input_names.split(","))
     put("export.output_names", options.output_names and options.output_names.split(","))

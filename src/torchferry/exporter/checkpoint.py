@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from torchferry.core.errors import CheckpointError
-from torchferry.core.files import require_file
+from torchferry.core.files import new_files, require_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -71,6 +71,21 @@ def load_checkpoint(model: torch.nn.Module, path: str | Path, *, unsafe: bool = 
     if others:
         notes.append(f"checkpoint: {', '.join(sorted(others))} weights converted to the model's dtype")
     return notes
+
+
+def save_weights(model: torch.nn.Module, path: Path) -> None:
+    """Write a module's ``state_dict`` as safetensors, whole or not at all; replaced if it exists.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    from safetensors.torch import save
+
+    path = path.absolute()
+    with new_files(path.parent) as partial:
+        # A copy of each, since safetensors refuses tensors that share memory.
+        weights = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+        (partial / path.name).write_bytes(save(weights))
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

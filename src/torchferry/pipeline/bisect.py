@@ -293,10 +293,11 @@ class _Search:
         worst, reason = 0.0, ""
         seen: list[tuple[Tensor, ...]] = []
         try:
-            with self.build(_prefix(self.exported, names)) as session:
+            prefix = _prefix(self.exported, names)
+            with self.build(prefix) as session:
                 for call, expected in zip(self.calls, self.expected, strict=True):
-                    feeds = {name: to_numpy(t) for name, t in self.source.names.tensors(call).items()}
-                    actual = session.run({spec: feeds[spec] for spec in feeds if spec in _inputs(session, feeds)})
+                    tensors = self.source.names.tensors(call)
+                    actual = session.run({name: to_numpy(tensors[name]) for name in prefix.signature.input_names})
                     truth = self.replay.run(call, {}, live)
                     given = {name: _like(actual[n], truth[name]) for name, n in zip(live, names, strict=True)}
                     seen.append(tuple(_tensor(n, truth[name], actual[n]) for name, n in zip(live, names, strict=True)))
@@ -309,12 +310,6 @@ class _Search:
             reason = f"the engine fails: {exc.message}"
         self.tensors[number] = max(seen, key=lambda row: max(t.max_abs for t in row), default=())
         return Prefix(operators, not reason, worst, reason)
-
-
-def _inputs(session: Any, feeds: Mapping[str, Any]) -> Any:
-    """Return the names of what a prefix takes: not every input of the model is needed early."""
-    signature = getattr(session, "signature", None)
-    return feeds if signature is None else signature.input_names
 
 
 def _graph_names(exported: Exported, replay: Replay) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Nets that whoever tunes may look at."""

@@ -1,0 +1,84 @@
+"""Which k's keep a tensor inside FP16: from its range to bounds on one integer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torchferry.precision.ranges import Range
+
+FP16_MAX = 65504.0
+ROOM = 0.75
+"""The part of FP16's range that a tensor may fill at the largest input; other data of that size may go a third higher."""
+_SMALLEST_NORMAL = -14  # log2; below it FP16 loses bits
+_SMALLEST = -24  # log2 of the smallest number above 0
+_BITS_ABOVE = 3  # a typical element should keep as many bits above the smallest normal number, less those it may lose
+_TYPICAL_FLOOR = _SMALLEST_NORMAL + _BITS_ABOVE
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on the k of one tensor.
+
+    Attributes:
+        least: Below this the tensor overflows on the data, or within the headroom, or its sums may; must hold.
+        wanted: Below this its sums, in the worst order, may overflow within the headroom.
+        most: Above this something divides by zero; must hold.
+        floor: Above this typical elements lose bits to the subnormal range.
+    """
+
+    least: int | None = None
+    wanted: int | None = None
+    most: int | None = None
+    floor: int | None = None
+
+    @property
+    def leaves_range(self) -> bool:
+        """True if the tensor cannot be stored as it is."""
+        return self.least is not None and self.least > 0
+
+
+def limits(measured: Range, enlarged: Range, headroom_bits: int) -> Limits:
+    """Return the bounds for a tensor.
+
+    Args:
+        measured: On the data.
+        enlarged: On the data times ``2**headroom_bits``.
+        headroom_bits: How many bits to keep free.
+    """
+    room = 2.0**headroom_bits
+    largest = max(measured.largest * room, _finite(enlarged.largest))
+    summed = max(measured.any_order * room, _finite(enlarged.any_order))
+    least = max(_shift(largest, ROOM * FP16_MAX), _shift(_finite(measured.any_order), FP16_MAX))
+    wanted = max(least, _shift(summed, FP16_MAX))
+    most = _room_below(measured.smallest, _SMALLEST + 1)
+    floors = [_room_below(measured.typical, _TYPICAL_FLOOR), _room_below(measured.smallest, _SMALLEST_NORMAL)]
+    floor = min((each for each in floors if each is not None), default=None)
+    if least <= _NOTHING:
+        return Limits(None, None, most, floor)
+    return Limits(least, wanted, most, floor)
+
+
+def constant_limits(measured: Range) -> Limits:
+    """Return the bounds for a constant: it must fit, and should keep its bits."""
+    least = _shift(measured.largest, FP16_MAX)
+    return Limits(None if least <= _NOTHING else least, None, None, _room_below(measured.typical, _TYPICAL_FLOOR))
+
+
+_NOTHING = -1000
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _shift(value: float, limit: float) -> int:
+    """Return the least k with value / 2**k <= limit."""
+    if not value > 0 or not math.isfinite(value):
+        return _NOTHING
+    return math.ceil(math.log2(value / limit))
+
+
+def _room_below(value: float, floor: int) -> int | None:
+    """Return the most k with value / 2**k >= 2**floor."""
+    return math.floor(math.log2(value)) - floor if value > 0 and math.isfinite(value) else None
