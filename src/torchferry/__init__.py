@@ -17,13 +17,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchferry import fp16, testing
     from torchferry import rewrite as rewriters
-    from torchferry import testing
     from torchferry.backends import compile
     from torchferry.core.compare import Tolerance
     from torchferry.core.engine import Engine, Session
     from torchferry.core.errors import TorchferryError
     from torchferry.core.report import Finding, Report
+    from torchferry.core.samples import read_samples
     from torchferry.core.signature import DimRange, Signature
     from torchferry.core.target import Target
     from torchferry.exporter.custom_op import custom_op
@@ -31,7 +32,10 @@ if TYPE_CHECKING:
     from torchferry.exporter.source import Source
     from torchferry.graph.exported import Exported
     from torchferry.package import Package, Postprocess, Preprocess, load, pack
-    from torchferry.partitioning import partition
+    from torchferry.partitioning import PartitionPlan, partition, plan_partition
+    from torchferry.pipeline.bench import bench
+    from torchferry.pipeline.bench_report import BenchReport
+    from torchferry.pipeline.chain import Chain, compile_parts
     from torchferry.pipeline.deploy import deploy
     from torchferry.pipeline.export import export
     from torchferry.rewrite import (
@@ -42,19 +46,23 @@ if TYPE_CHECKING:
         patch_model,
         register_op,
     )
-    from torchferry.verification import verify
+    from torchferry.verification import record_calibration, verify, verify_parts
 
 __version__ = "0.1.0"
 
-_MODULES = {"rewriters": "torchferry.rewrite", "testing": "torchferry.testing"}
+_MODULES = {"fp16": "torchferry.fp16", "rewriters": "torchferry.rewrite", "testing": "torchferry.testing"}
 _HOMES = {
     "FUNCTION_REWRITER": "torchferry.rewrite",
     "MODULE_REWRITER": "torchferry.rewrite",
     "SYMBOLIC_REWRITER": "torchferry.rewrite",
     "RewriterContext": "torchferry.rewrite",
     "partition": "torchferry.partitioning",
+    "plan_partition": "torchferry.partitioning",
+    "PartitionPlan": "torchferry.partitioning",
     "patch_model": "torchferry.rewrite",
     "register_op": "torchferry.rewrite",
+    "BenchReport": "torchferry.pipeline.bench_report",
+    "Chain": "torchferry.pipeline.chain",
     "DimRange": "torchferry.core.signature",
     "Engine": "torchferry.core.engine",
     "Exported": "torchferry.graph.exported",
@@ -69,7 +77,9 @@ _HOMES = {
     "Target": "torchferry.core.target",
     "Tolerance": "torchferry.core.compare",
     "TorchferryError": "torchferry.core.errors",
+    "bench": "torchferry.pipeline.bench",
     "compile": "torchferry.backends",
+    "compile_parts": "torchferry.pipeline.chain",
     "custom_op": "torchferry.exporter.custom_op",
     "deploy": "torchferry.pipeline.deploy",
     "export": "torchferry.pipeline.export",
@@ -77,18 +87,24 @@ _HOMES = {
     "mark": "torchferry.exporter.marks",
     "mark_tensors": "torchferry.exporter.marks",
     "pack": "torchferry.package",
+    "read_samples": "torchferry.core.samples",
+    "record_calibration": "torchferry.verification",
     "verify": "torchferry.verification",
+    "verify_parts": "torchferry.verification",
 }
 
 __all__ = [
     "FUNCTION_REWRITER",
     "MODULE_REWRITER",
     "SYMBOLIC_REWRITER",
+    "BenchReport",
+    "Chain",
     "DimRange",
     "Engine",
     "Exported",
     "Finding",
     "Package",
+    "PartitionPlan",
     "Postprocess",
     "Preprocess",
     "Report",
@@ -100,20 +116,27 @@ __all__ = [
     "Tolerance",
     "TorchferryError",
     "__version__",
+    "bench",
     "compile",
+    "compile_parts",
     "custom_op",
     "deploy",
     "export",
+    "fp16",
     "load",
     "mark",
     "mark_tensors",
     "pack",
     "partition",
     "patch_model",
+    "plan_partition",
+    "read_samples",
+    "record_calibration",
     "register_op",
     "rewriters",
     "testing",
     "verify",
+    "verify_parts",
 ]
 
 

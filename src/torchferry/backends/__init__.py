@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 from torchferry.core.engine import RECORD_FILE, Backend, Engine, platform_versions
 from torchferry.core.errors import MissingBackendError, UnsupportedError, did_you_mean
 from torchferry.core.files import new_folder
+from torchferry.core.target import Target
 
 if TYPE_CHECKING:
     from os import PathLike
-
-    from torchferry.core.target import Target
 
 __all__ = ["compile", "get", "names"]
 
 _TABLE = {
     "onnxruntime": "torchferry.backends.onnxruntime",
     "openvino": "torchferry.backends.openvino",
+    "ncnn": "torchferry.backends.ncnn",
+    "tensorrt": "torchferry.backends.tensorrt.full",
+    "tensorrt-rtx": "torchferry.backends.tensorrt.rtx",
     "reference": "torchferry.backends.reference",
 }
 
@@ -47,7 +49,7 @@ def get(name: str) -> Backend:
 
 
 def compile(graph: Any, target: Target, folder: str | PathLike[str], *, overwrite: bool = False) -> Engine:
-    """Compile a graph for an engine, and load the result once to see that the engine takes it.
+    """Compile a graph for an engine, and load the result once to see that the engine takes it, where it runs here.
 
     Args:
         graph: An ``Exported``, a path to an ONNX file, a ``ModelProto``, an ``ir.Model`` or an ``ONNXProgram``.
@@ -70,11 +72,12 @@ def compile(graph: Any, target: Target, folder: str | PathLike[str], *, overwrit
     check_target(target)
     exported = as_exported(graph, target)
     with new_folder(Path(folder), overwrite=overwrite, marker=RECORD_FILE) as partial:
-        backend.compile(exported, target, partial)
+        adaptations = backend.compile(exported, target, partial)
         files = tuple(sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()))
         versions = {target.backend: backend.availability().version or "unknown", **platform_versions()}
-        engine = Engine(partial, target, exported.signature, versions, files)
-        engine.open().close()
+        engine = Engine(partial, target, exported.signature, versions, files, adaptations)
+        if backend.availability().can_run:
+            engine.open().close()
         engine.save()
     return dataclasses.replace(engine, folder=Path(folder))
 
@@ -90,11 +93,13 @@ def check_target(target: Target) -> None:
     available = backend.availability()
     if not available.ok:
         raise MissingBackendError(f"the engine '{target.backend}' cannot be used here: {available.reason}")
-    precisions = backend.capabilities().precisions
+    capabilities = backend.capabilities()
+    precisions = capabilities.precisions
     if target.precision not in precisions:
         raise UnsupportedError(
             f"'{target.backend}' does not compute in {target.precision} here; it offers {', '.join(precisions)}",
             hint=f"choose precision {' or '.join(precisions)}, or another backend",
         )
-    if target.device != "cpu":
-        raise UnsupportedError(f"'{target.backend}' runs on 'cpu' here, not on '{target.device}'")
+    if target.device != Target.device and not target.device.startswith(capabilities.devices or ("\0",)):
+        known = " or ".join(f"'{name}'" for name in capabilities.devices or (Target.device,))
+        raise UnsupportedError(f"'{target.backend}' runs on {known} here, not on '{target.device}'")

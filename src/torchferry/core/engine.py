@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import json
 import platform
+import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -25,8 +27,6 @@ from torchferry.core.signature import Signature  # noqa: TC001 - pydantic reads 
 from torchferry.core.target import Target  # noqa: TC001 - pydantic reads the annotations
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -41,11 +41,13 @@ class Availability:
         ok: True if it can.
         version: The engine's version, if installed.
         reason: Why not, with the command that mends it.
+        can_run: False if it can only compile here, for other machines; ``reason`` says why.
     """
 
     ok: bool
     version: str | None = None
     reason: str = ""
+    can_run: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,40 @@ class Capabilities:
         precisions: The precisions it really computes in on this machine.
         max_opset: The newest opset of the default ONNX domain that it reads.
         dynamic_shapes: True if one compiled engine runs at many sizes.
+        general: False if it takes some graphs only, so that nothing is run on it unless somebody named it.
+        devices: The names that ``Target.device`` may have besides the default, or how they begin.
     """
 
     precisions: tuple[str, ...]
     max_opset: int
     dynamic_shapes: bool
+    general: bool = True
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """What one layer of a loaded engine takes.
+
+    Attributes:
+        name: As the engine calls it; where it keeps the graph's names, the node's.
+        kind: The operator, or the engine's own kernel.
+        seconds: Median wall time a run.
+    """
+
+    name: str
+    kind: str
+    seconds: float
+
+
+def layer_times(runs: Sequence[Mapping[tuple[str, str], float]]) -> tuple[LayerTime, ...]:
+    """Return the median of every layer over some runs, in the order in which they ran first.
+
+    Args:
+        runs: For each run the seconds by name and kind; a layer that is missing in one took none.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run)
+    return tuple(LayerTime(*key, statistics.median(run.get(key, 0.0) for run in runs)) for key in keys)
 
 
 class Graph(Protocol):
@@ -90,12 +121,23 @@ class Backend(Protocol):
         """Tell whether the engine is installed, without importing it if that can be helped."""
         ...
 
+    def load(self) -> None:
+        """Import the engine's library, so that a broken installation shows.
+
+        Raises:
+            MissingBackendError: If it is not installed; also for other failures of its import, as their cause.
+        """
+        ...
+
     def capabilities(self) -> Capabilities:
         """Tell what the engine can do here; needs the engine."""
         ...
 
-    def compile(self, graph: Graph, target: Target, folder: Path) -> None:
+    def compile(self, graph: Graph, target: Target, folder: Path) -> tuple[str, ...]:
         """Write everything that ``open`` needs into an empty folder.
+
+        Returns:
+            What was done to the graph to make it fit, in order; empty if nothing was.
 
         Raises:
             BackendError: If the engine refuses the graph.
@@ -112,17 +154,27 @@ class Backend(Protocol):
             folder: An empty folder that lives as long as the session.
 
         Raises:
-            BackendError: If the engine refuses the graph.
+            BackendError: If the engine refuses the graph, or does not run here.
         """
         ...
 
     def open(self, engine: Engine, **options: Any) -> Session:
         """Load a compiled engine.
 
+        Args:
+            engine: What ``compile`` wrote.
+            **options: The engine's own; those that several have are ``threads``, and ``profile=True`` for
+                ``Session.profile``. ``open_options`` tells which it takes.
+
         Raises:
             BackendError: If the engine cannot load it.
         """
         ...
+
+
+def open_options(backend: Backend) -> frozenset[str]:
+    """Return the names of the options that a backend's ``open`` takes."""
+    return frozenset(inspect.signature(backend.open).parameters) - {"engine"}
 
 
 def get_backend(name: str) -> Backend:
@@ -148,6 +200,7 @@ class Engine:
         signature: Names, dtypes, shapes and valid sizes.
         versions: Of the engine and everything that made the files.
         files: Relative paths, in order.
+        adaptations: What was done to the graph to make it fit the engine, in order.
     """
 
     folder: Path
@@ -155,6 +208,7 @@ class Engine:
     signature: Signature
     versions: Mapping[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
+    adaptations: tuple[str, ...] = ()
 
     def save(self) -> None:
         """Write ``engine.json`` into the folder, so that ``Engine.load`` finds everything again.
@@ -261,6 +315,13 @@ class Session(ABC):
                 self._checked.clear()
             self._checked.add(key)
         return dict(zip(self._output_names, self._execute(feeds), strict=True))
+
+    def profile(self) -> tuple[LayerTime, ...]:
+        """Return the time of every layer over the runs so far, and stop measuring them.
+
+        Empty if the engine does not tell, or was not opened with ``profile=True``.
+        """
+        return ()
 
     def close(self) -> None:
         """Release the engine; a second call does nothing."""

@@ -6,14 +6,16 @@ torch.export assumes things about the sizes that it traced (``if x.shape[0] >= 4
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 from collections.abc import Mapping  # noqa: TC003 - pydantic reads the annotations
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from torchferry.core.errors import InputError, did_you_mean
+from torchferry.core.errors import ConfigError, InputError, did_you_mean
 from torchferry.core.expressions import Expression
 
 
@@ -32,10 +34,27 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str | None, ...] | None
 
+    def shape_at(self, sizes: Mapping[str, int]) -> tuple[int | None, ...] | None:
+        """Return the shape at these sizes of the named dimensions; None for what they do not tell.
+
+        >>> TensorSpec("x", "float32", ("batch", 3, "2*height", None)).shape_at({"batch": 1, "height": 8})
+        (1, 3, 16, None)
+        """
+        return None if self.shape is None else tuple(_size_at(entry, sizes) for entry in self.shape)
+
     def __str__(self) -> str:
         if self.shape is None:
             return f"{self.name}: {self.dtype}[...]"
         return f"{self.name}: {self.dtype}[{', '.join('?' if s is None else str(s) for s in self.shape)}]"
+
+
+def _size_at(entry: int | str | None, sizes: Mapping[str, int]) -> int | None:
+    if not isinstance(entry, str):
+        return entry
+    try:
+        return sizes[entry] if entry in sizes else int(Expression(entry).evaluate(sizes))
+    except (ArithmeticError, LookupError, ValueError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -102,8 +121,7 @@ class Signature:
 
     def to_json(self) -> str:
         """Return the signature as JSON, for ``from_json``."""
-        text: str = _adapter().dump_json(self).decode()
-        return text
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> Signature:
@@ -124,6 +142,26 @@ class Signature:
     def output_names(self) -> tuple[str, ...]:
         """Names of the outputs in the graph's order."""
         return tuple(spec.name for spec in self.outputs)
+
+    def narrowed(self, ranges: Mapping[str, tuple[int, int]]) -> Signature:
+        """Return the signature with narrower ranges, for engines that want a largest size.
+
+        Args:
+            ranges: For a dimension's name its smallest and its largest size, both inclusive.
+
+        Raises:
+            ConfigError: If there is no such dimension, or nothing of its range is left.
+        """
+        dims = dict(self.dims)
+        for name, (least, most) in ranges.items():
+            if name not in dims:
+                raise ConfigError(f"the graph has no dynamic dimension '{name}'", hint=did_you_mean(name, dims))
+            known = dims[name]
+            upper = most if known.max is None else min(known.max, most)
+            dims[name] = replace(known, min=max(known.min, least), max=upper)
+            if dims[name].min > upper:
+                raise ConfigError(f"no size of '{name}' is in {least}..{most} and in {known} as well")
+        return replace(self, dims=dims)
 
     def sizes_of(self, arrays: Mapping[str, Any]) -> dict[str, int]:
         """Read the size of every named dimension off the arrays, checking names, dtypes, ranks and fixed sizes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
@@ -15,6 +15,9 @@ from torchferry.core.files import inside, require_file
 from torchferry.core.signature import DimRange, Signature, TensorSpec
 from torchferry.core.target import Target
 from torchferry.graph.exported import SIGNATURE_KEY, Exported
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def as_exported(graph: Any, target: Target | None = None) -> Exported:
@@ -44,37 +47,72 @@ def as_exported(graph: Any, target: Target | None = None) -> Exported:
             f"cannot read a graph from a {type(graph).__name__}",
             hint="give an Exported, a path to an .onnx file, a ModelProto, an ir.Model or an ONNXProgram",
         )
-    return Exported(model, _signature(model), target)
+    return Exported(model, signature_of(model), target)
 
 
 def _load(path: Path) -> ir.Model:
-    require_file(path, "ONNX model")
+    proto = read_proto(path)
     try:
-        model = ir.load(path)
-    except Exception as exc:  # untrusted bytes; the reader raises whatever it stumbles over
-        raise FormatError(f"'{path}' is not a whole ONNX model: {exc}", hint="export or download it again") from exc
+        model = ir.from_proto(proto)
+    except Exception as exc:  # untrusted; the reader raises whatever it stumbles over
+        raise _not_whole(path, exc) from exc
     for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                _require_inside(path, value.const_value)
-    if not len(model.graph.outputs):
-        raise FormatError(f"'{path}' is not an ONNX model: it has no outputs", hint="check the path")
+        ir.external_data.set_base_dir(graph, path.parent)
+    weights = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
+    external = [weight for weight in weights if isinstance(weight, ir.ExternalTensor)]
+    check_locations(path, {os.fspath(weight.location): weight.name or "" for weight in reversed(external)})
     return model
 
 
-def _require_inside(path: Path, tensor: ir.ExternalTensor) -> None:
-    """Refuse weights outside the model's folder, and say which are missing, before anything reads them."""
+def read_proto(path: Path) -> onnx.ModelProto:
+    """Return the message in an ONNX file; what it keeps in external data is not read.
+
+    Raises:
+        MissingFileError: If the path leads nowhere.
+        FormatError: If the file is not a whole ONNX model.
+    """
+    require_file(path, "ONNX model")
     try:
-        data = inside(path.parent, os.fspath(tensor.location))
-    except IntegrityError as exc:
-        raise FormatError(
-            f"'{path}' keeps the weights '{tensor.name}' outside its own folder, at '{tensor.location}'; refused",
-            hint="move the data beside the model and save it again",
-        ) from exc
-    require_file(data, f"external data of '{path}'")
+        proto = onnx.load(path, load_external_data=False)
+    except Exception as exc:  # untrusted bytes; the reader raises whatever it stumbles over
+        raise _not_whole(path, exc) from exc
+    if not proto.graph.output:
+        raise FormatError(f"'{path}' is not an ONNX model: it has no outputs", hint="check the path")
+    return proto
 
 
-def _signature(model: ir.Model) -> Signature:
+def _not_whole(path: Path, exc: Exception) -> FormatError:
+    return FormatError(f"'{path}' is not a whole ONNX model: {exc}", hint="export or download it again")
+
+
+def check_locations(path: Path, locations: Mapping[str, str]) -> None:
+    """Refuse weights outside the model's folder, and say which are missing, before anything reads them.
+
+    Args:
+        path: Of the model.
+        locations: Where it keeps external data, and the name of a weight that is there.
+
+    Raises:
+        FormatError: If one of them is outside the model's folder.
+        MissingFileError: If one does not exist.
+    """
+    for location, name in locations.items():
+        try:
+            data = inside(path.parent, location)
+        except IntegrityError as exc:
+            raise FormatError(
+                f"'{path}' keeps the weights '{name}' outside its own folder, at '{location}'; refused",
+                hint="move the data beside the model and save it again",
+            ) from exc
+        require_file(data, f"external data of '{path}'")
+
+
+def signature_of(model: ir.Model) -> Signature:
+    """Return the signature that we wrote into a graph, else what its inputs and outputs say.
+
+    Raises:
+        FormatError: If what we wrote cannot be read.
+    """
     if SIGNATURE_KEY in model.metadata_props:
         try:
             return Signature.from_json(model.metadata_props[SIGNATURE_KEY])

@@ -2,6 +2,17 @@
 
 from torchferry.partitioning.join import join
 from torchferry.partitioning.plan import Partition, PartitionPlan, plan_partition
-from torchferry.partitioning.split import partition, split
+from torchferry.partitioning.policies import find_policy, register_policy
+from torchferry.partitioning.split import partition, split, with_boundaries
 
-__all__ = ["Partition", "PartitionPlan", "join", "partition", "plan_partition", "split"]
+__all__ = [
+    "Partition",
+    "PartitionPlan",
+    "find_policy",
+    "join",
+    "partition",
+    "plan_partition",
+    "register_policy",
+    "split",
+    "with_boundaries",
+]

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import graphlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from torchferry.core.errors import ConfigError, did_you_mean
 from torchferry.graph import Exported, as_exported
 from torchferry.partitioning.flow import Flow, label
 from torchferry.partitioning.rest import regions_of_rest
+from torchferry.partitioning.running import check_inputs, check_sessions, run_in_order
 from torchferry.partitioning.selectors import Selectors
 
 if TYPE_CHECKING:
@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 
     import onnx_ir as ir
 
+    from torchferry.core.engine import Array, Session
+
 REST = "rest"
 
 
-class PartConfig(BaseModel):
+@dataclass(frozen=True)
+class PartConfig:
     """What the user says about a part.
 
     Attributes:
@@ -35,25 +38,14 @@ class PartConfig(BaseModel):
         output_names: What the tensors of the end are called, in this and in all other parts.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     save_file: str | None = None
     start: tuple[str, ...] | None = None
     end: tuple[str, ...] | None = None
     name: str | None = None
     output_names: tuple[str, ...] | None = None
 
-    @field_validator("start", "end", "output_names", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
-    @field_validator("start", "end")
-    @classmethod
-    def _not_empty(cls, value: Any) -> Any:
-        if value == ():
-            raise ValueError("needs at least one selector")
-        return value
+_PART_KEYS = {each.name for each in fields(PartConfig)}
 
 
 @dataclass(frozen=True)
@@ -118,6 +110,53 @@ class PartitionPlan:
     def __str__(self) -> str:
         return "\n".join(map(str, self.parts))
 
+    @functools.cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the tensors that parts take and no part gives, those of the whole first."""
+        given = {name for part in self.parts for name in part.outputs if name not in part.inputs}
+        taken = [name for part in self.parts for name in part.inputs if name not in given]
+        return tuple(dict.fromkeys([*(name for name in self.whole.signature.input_names if name in taken), *taken]))
+
+    @functools.cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the whole's outputs that parts give, and of what else they give that no part takes."""
+        taken = {name for part in self.parts for name in part.inputs}
+        given = dict.fromkeys(name for part in self.parts for name in part.outputs)
+        own = [name for name in self.results if name in given]
+        return tuple(dict.fromkeys([*own, *(name for name in given if name not in taken)]))
+
+    @functools.cached_property
+    def results(self) -> dict[str, str]:
+        """The whole's outputs in its order: by the name that the parts know them by, the whole's own."""
+        outputs = self.flow.model.graph.outputs
+        return {self.flow.name(v if v in self.flow.maker else self.flow.origin(v)): v.name or "" for v in outputs}
+
+    @property
+    def is_whole(self) -> bool:
+        """True if the parts together take nothing but the whole's inputs, and give all its outputs."""
+        return set(self.inputs) <= set(self.whole.signature.input_names) and self.results.keys() <= set(self.outputs)
+
+    def run(self, inputs: Mapping[str, Array], sessions: Mapping[str, Session]) -> dict[str, Array]:
+        """Run the parts one after the other, each in its own session, of whatever engine and precision.
+
+        A tensor is kept no longer than until the last part that takes it has run.
+
+        Args:
+            inputs: Arrays for the names of ``inputs``; further inputs of the whole do no harm.
+            sessions: For every part's name an open session of that part.
+
+        Returns:
+            Arrays for the names of ``outputs``.
+
+        Raises:
+            ConfigError: If a part has no session, or one of other inputs or outputs, or a name is no part's.
+            InputError: If an input is missing or unknown, or a part does not take an array.
+            BackendError: If an engine fails.
+        """
+        check_sessions(sessions, self.parts)
+        check_inputs(inputs, self.inputs, self.whole.signature.input_names)
+        return run_in_order([self.parts[at] for at in self.order], inputs, self.outputs, sessions)
+
 
 def plan_partition(exported_or_path: Any, parts: Sequence[Mapping[str, Any] | str]) -> PartitionPlan:
     """Resolve the selectors of a cut and check it.
@@ -176,18 +215,34 @@ def _configs(parts: Any) -> list[PartConfig | None]:
 def _config(part: Any, number: int) -> PartConfig:
     if not isinstance(part, Mapping):
         raise ConfigError(f"part {number} must be a table such as dict(start=…, end=…) or '{REST}', got {part!r}")
-    try:
-        return PartConfig.model_validate(part)
-    except ValidationError as exc:
-        problems = [_word(error) for error in exc.errors()]
-        raise ConfigError(f"part {number}: " + "; ".join(problems)) from exc
+    lists = {key: _listed(part.get(key)) for key in ("start", "end", "output_names")}
+    config = PartConfig(save_file=part.get("save_file"), name=part.get("name"), **lists)
+    problems = [f"unknown key '{key}' ({did_you_mean(str(key), _PART_KEYS)})" for key in part if key not in _PART_KEYS]
+    for key, value in vars(config).items():
+        problem = _problem(key, value)
+        if problem:
+            problems.append(f"'{key}': {problem}, got {value!r}")
+    if problems:
+        raise ConfigError(f"part {number}: " + "; ".join(problems))
+    return config
 
 
-def _word(error: Any) -> str:
-    key = str(error["loc"][0]) if error["loc"] else ""
-    if error["type"] == "extra_forbidden":
-        return f"unknown key '{key}' ({did_you_mean(key, PartConfig.model_fields)})"
-    return f"'{key}': {error['msg']}, got {error['input']!r}"
+def _listed(value: Any) -> Any:
+    """Return one text as a tuple of one, and a list of them as a tuple."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _problem(key: str, value: Any) -> str:
+    """Say what is wrong with the value of a part's key."""
+    if value is None:
+        return ""
+    if key in ("name", "save_file"):
+        return "" if isinstance(value, str) else "must be a text"
+    if not isinstance(value, tuple) or not all(isinstance(each, str) for each in value):
+        return "must be a text or a list of them"
+    return "needs at least one selector" if not value and key != "output_names" else ""
 
 
 def _name(config: PartConfig, number: int) -> str:
@@ -317,10 +372,11 @@ def _rename(flow: Flow, values: Sequence[ir.Value], names: Sequence[str], part: 
 def _partition(
     flow: Flow, name: str, file: str, region: Region, start: tuple[str, ...], end: tuple[str, ...]
 ) -> Partition:
-    if PurePath(file).name != file or "\\" in file:
-        raise ConfigError(
-            f"part '{name}': save_file must be the name of a file, got '{file}'", hint="give the folder as out"
-        )
+    for what, text in (("save_file", file), ("name", name)):  # of the name comes that of a folder for its engine
+        if PurePath(text).name != text or text == ".." or "\\" in text or "\0" in text:
+            raise ConfigError(
+                f"part '{name}': {what} must be the name of a file, got '{text}'", hint="give the folder as out"
+            )
     inputs = tuple(flow.name(value) for value in region.inputs)
     return Partition(name, file, start, end, inputs, tuple(flow.name(value) for value in region.outputs), region)
 

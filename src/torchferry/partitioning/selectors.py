@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import TYPE_CHECKING
 
@@ -33,8 +34,11 @@ class Selectors:
         self._tensors = {mark.outputs[0].name: flow.origin(mark.outputs[0]) for mark in flow.marks}
         self._tensors |= {value.name: value for value in (*flow.inputs, *flow.maker)}
         self._tensors |= dict(flow.model.graph.initializers.items())
-        paths = {node.metadata_props.get(MODULE_KEY, "") for node in flow.nodes}
-        self._modules = {path[:end] for path in paths for end in (*_dots(path), len(path)) if path}
+
+    @functools.cached_property
+    def _modules(self) -> set[str]:
+        paths = {node.metadata_props.get(MODULE_KEY, "") for node in self._flow.nodes}
+        return {path[:end] for path in paths for end in (*_dots(path), len(path)) if path}
 
     def find(self, selector: str) -> list[ir.Value]:
         """Return the tensors that a selector means, in their boundary's order.
@@ -65,6 +69,19 @@ class Selectors:
                 f"{'into' if side == 'input' else 'out of'} the module '{owner}'"
             )
         return self._pick(selector, [(self._flow.name(v), at, v) for at, v in enumerate(values)], item)
+
+    def module_of(self, selector: str) -> tuple[str, str] | None:
+        """Return path and side of the module whose boundary a selector means; None if it means anything else."""
+        match = None if selector in self._tensors else _SELECTOR.fullmatch(selector)
+        if match is None:
+            return None
+        owner, call, side = match.group("owner", "call", "side")
+        is_module = owner in self._modules and (owner, int(call or 0), side) not in self._marks
+        return (owner, side) if is_module else None
+
+    def marks_of(self, value: ir.Value) -> list[tuple[str, int, str, int]]:
+        """Return function, call, side and number of every mark of a tensor."""
+        return [(*key, at) for key, each in self._marks.items() for at, _, marked in each if marked is value]
 
     def known(self) -> list[str]:
         """Return the selectors of marks and modules and the names of the graph's inputs and outputs."""

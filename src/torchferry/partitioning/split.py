@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +15,15 @@ from torchferry.graph.exported import SIGNATURE_KEY
 from torchferry.graph.marks import MARK_DOMAIN, is_mark
 from torchferry.partitioning.boundaries import Boundaries
 from torchferry.partitioning.flow import inner_graphs
-from torchferry.partitioning.plan import plan_partition
+from torchferry.partitioning.outline import Outline, outlined
+from torchferry.partitioning.plan import Partition, Region, plan_partition
 
 if TYPE_CHECKING:
-    import os
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from torchferry.graph import Exported
     from torchferry.partitioning.flow import Flow
-    from torchferry.partitioning.plan import Partition, PartitionPlan, Region
+    from torchferry.partitioning.plan import PartitionPlan
 
 # In a part: the signature of the whole, from which join knows what was an input and an output, and what was a cut.
 WHOLE_KEY = "torchferry.whole"
@@ -52,14 +55,29 @@ def partition(
             from elsewhere, or what remains needs one from inside a part.
         OutputError: If a file cannot be written; then none is.
     """
-    plan = plan_partition(exported_or_path, parts)
-    made = split(plan)
+    with _no_collection():
+        is_path = isinstance(exported_or_path, str | os.PathLike)
+        whole = (outlined(Path(exported_or_path)) if is_path else None) or exported_or_path
+        plan = plan_partition(whole, parts)
+        made = split(plan)
     if out is not None:
         folder = Path(out)
         with new_files(folder) if folder.is_dir() else new_folder(folder, marker="") as partial:
             for part, exported in zip(plan.parts, made, strict=True):
                 exported.save(partial / part.save_file)
     return made
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from looking through 100,000 objects again and again, all of which live."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def split(plan: PartitionPlan) -> list[Exported]:
@@ -73,12 +91,30 @@ def split(plan: PartitionPlan) -> list[Exported]:
     return [_part(plan, part, boundaries, whole) for part in plan.parts]
 
 
+def with_boundaries(plan: PartitionPlan) -> Exported:
+    """Return the whole with every tensor at a cut as an output, under the name by which the parts know it.
+
+    Inputs and weights that are at a cut are no outputs.
+
+    Raises:
+        ConfigError: As ``split``.
+    """
+    flow = plan.flow
+    given = {*flow.inputs, *flow.model.graph.initializers.values()}
+    at_cuts = [value for part in plan.parts for value in (*part.region.inputs, *part.region.outputs)]
+    outputs = tuple(value for value in dict.fromkeys([*flow.outputs, *at_cuts]) if value not in given)
+    region = Region(tuple(flow.inputs), outputs, frozenset(flow.upstream(outputs)))
+    names = [tuple(map(flow.name, values)) for values in (region.inputs, region.outputs)]
+    everything = Partition("whole", "whole.onnx", (), (), names[0], names[1], region)
+    boundaries = Boundaries(plan.whole, flow, [region, *(part.region for part in plan.parts)])
+    return _part(plan, everything, boundaries, boundaries.signature_of_whole().to_json())
+
+
 def _part(plan: PartitionPlan, part: Partition, boundaries: Boundaries, whole: str) -> Exported:
     source = plan.flow.model
-    view = _view(plan.flow, part.region, part.name)
-    graph = view.clone()
+    graph = _graph(plan.flow, part.region, part.name)
     _strip_marks(graph, source.opset_imports.get("", 1))
-    cuts = [*zip((*view.inputs, *view.outputs), (*graph.inputs, *graph.outputs), strict=True)]
+    cuts = [*zip((*part.region.inputs, *part.region.outputs), (*graph.inputs, *graph.outputs), strict=True)]
     for value in graph.inputs:
         value.const_value = None  # of a weight at which a part starts
     signature = boundaries.apply(part.region, graph)
@@ -103,8 +139,8 @@ def _part(plan: PartitionPlan, part: Partition, boundaries: Boundaries, whole: s
     return plan.whole.replace(model=model, signature=signature)
 
 
-def _view(flow: Flow, region: Region, name: str) -> ir.GraphView:
-    """Return the nodes and weights of a part, with the marks between them."""
+def _graph(flow: Flow, region: Region, name: str) -> ir.Graph:
+    """Return the nodes and weights of a part, with the marks between them, as a graph of their own."""
     graph = flow.model.graph
     nodes = flow.ordered(region.nodes)
     known = {*region.inputs, *(out for node in nodes for out in node.outputs)}
@@ -115,16 +151,20 @@ def _view(flow: Flow, region: Region, name: str) -> ir.GraphView:
     known.update(weights)
     passing = {mark for mark in flow.marks if flow.origin(mark.outputs[0]) in known}
     chosen = {*nodes, *passing}
+    content = [node for node in graph if node in chosen]
+    model: object = flow.model
+    if isinstance(model, Outline):
+        return model.part(name, region.inputs, region.outputs, content, weights)
     return ir.GraphView(
         region.inputs,
         region.outputs,
-        nodes=[node for node in graph if node in chosen],
+        nodes=content,
         initializers=weights,
         doc_string=graph.doc_string,
         opset_imports={domain: version for domain, version in graph.opset_imports.items() if domain != MARK_DOMAIN},
         name=name,
         metadata_props=dict(graph.metadata_props),
-    )
+    ).clone()
 
 
 def _strip_marks(body: ir.Graph | ir.Function, opset: int) -> None:

@@ -6,9 +6,9 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from torchferry.core.errors import ConfigError, did_you_mean
 from torchferry.core.files import require_file
@@ -74,6 +74,66 @@ class VerifySection(_Section):
     sizes: dict[str, tuple[int, ...]] | None = None
 
 
+class PartSection(_Section):
+    """A part of the model.
+
+    Attributes:
+        save_file: A file name; ``name.onnx`` by default.
+        start: Selectors of what goes in.
+        end: Selectors of what comes out.
+        name: The part's name; the file's without its ending by default.
+        output_names: What the tensors of the end are called.
+        dynamic_axes: Axes that must be dynamic in the part, by tensor: with names, or a list.
+    """
+
+    save_file: str | None = None
+    start: tuple[str, ...] | None = None
+    end: tuple[str, ...] | None = None
+    name: str | None = None
+    output_names: tuple[str, ...] | None = None
+    dynamic_axes: dict[str, dict[int, str] | tuple[int, ...]] = {}
+
+    @field_validator("start", "end", "output_names", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class PartitionSection(_Section):
+    """The parts of the model.
+
+    Attributes:
+        apply_marks: Keep the model's marks in the graph, for selectors to find.
+        type: The name of a cut that a codebase knows; not looked at where ``partition_cfg`` is given.
+        partition_cfg: The parts.
+        rest: Write what remains as parts of their own.
+    """
+
+    apply_marks: bool = True
+    type: str | None = None
+    partition_cfg: tuple[PartSection, ...] = ()
+    rest: bool = False
+
+    @model_validator(mode="after")
+    def _some_parts(self) -> Self:
+        if not self.partition_cfg and self.type is None:
+            raise ValueError("needs partition_cfg, or the type of a cut that has a name")
+        return self
+
+
+HEADROOM_BITS = 2
+
+
+class Fp16Section(_Section):
+    """How graphs for targets of precision fp16 are repaired.
+
+    Attributes:
+        headroom_bits: Powers of two that inputs may be larger than those given before FP16 overflows.
+    """
+
+    headroom_bits: int = Field(default=HEADROOM_BITS, ge=0, le=10)
+
+
 class DeployConfig(_Section):
     """Everything that ``torchferry deploy`` needs.
 
@@ -84,8 +144,10 @@ class DeployConfig(_Section):
         targets: One or more engines; the first is the package's default.
         export: Names and dynamic dimensions.
         verify: Tolerances and sizes.
+        fp16: How graphs for FP16 are repaired.
         preprocess: How a picture becomes each input.
         postprocess: How each output becomes a picture.
+        partition_config: Parts that ``torchferry export`` writes beside the whole.
         out: The package's folder.
     """
 
@@ -95,8 +157,10 @@ class DeployConfig(_Section):
     targets: tuple[TargetSection, ...] = Field(default=(TargetSection(),), min_length=1)
     export: ExportSection = ExportSection()
     verify: VerifySection = VerifySection()
+    fp16: Fp16Section = Fp16Section()
     preprocess: Mapping[str, Preprocess] = {}
     postprocess: Mapping[str, Postprocess] = {}
+    partition_config: PartitionSection | None = None
     out: Path
 
 
@@ -179,27 +243,35 @@ def validate(values: Mapping[str, Any], origin: str) -> DeployConfig:
     Raises:
         ConfigError: If a key is unknown (the nearest valid one is named), missing, or has a wrong value.
     """
+    return read_section(DeployConfig, values, origin)
+
+
+_Read = TypeVar("_Read", bound=_Section)
+
+
+def read_section(section: type[_Read], values: Mapping[str, Any], origin: str) -> _Read:
+    """Check a dictionary against the fields of one section; otherwise as ``validate``."""
     try:
-        return DeployConfig.model_validate(values)
+        return section.model_validate(values)
     except ValidationError as exc:
-        problems = [_word(error) for error in exc.errors()]
+        problems = [_word(error, section) for error in exc.errors()]
         raise ConfigError(f"{origin}: " + "; ".join(problems)) from exc
 
 
-def _word(error: Any) -> str:
-    *parents, last = error["loc"]
+def _word(error: Any, section: type[BaseModel]) -> str:
+    *parents, last = error["loc"] or ("",)
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        hint = did_you_mean(str(last), _fields_at(parents))
+        hint = did_you_mean(str(last), _fields_at(section, parents))
         return f"unknown key '{key}' ({hint})"
     if error["type"] == "missing":
         return f"'{key}' is missing"
     return f"'{key}': {error['msg']}, got {error['input']!r}"
 
 
-def _fields_at(location: list[Any]) -> list[str]:
-    """Return the valid keys at a place in the config."""
-    current: Any = DeployConfig
+def _fields_at(section: type[BaseModel], location: list[Any]) -> list[str]:
+    """Return the valid keys at a place in a section."""
+    current: Any = section
     for part in location:
         if not (isinstance(current, type) and issubclass(current, BaseModel)):
             break

@@ -10,6 +10,7 @@ import numpy as np
 
 from torchferry.core.errors import ConfigError, FormatError, did_you_mean
 from torchferry.core.files import require_file
+from torchferry.core.samples import grouped
 from torchferry.package import Preprocess
 from torchferry.package.pictures import load_picture, to_array
 
@@ -84,10 +85,11 @@ def read_inputs(
         name, value = pair
         suffix = Path(value).suffix.lower()
         if suffix == ".npz":
-            arrays = {aliases.get(key, key): array for key, array in _read_npz(Path(value)).items()}
-            found = {name: arrays[name] if name in arrays else _only(arrays, name, value)} if name else arrays
-            for key, array in found.items():
-                given.setdefault(key, []).append(array)
+            for sample in grouped(_read_npz(Path(value)), value):
+                arrays = {aliases.get(key, key): array for key, array in sample.items()}
+                found = {name: arrays[name] if name in arrays else _only(arrays, name, value)} if name else arrays
+                for key, array in found.items():
+                    given.setdefault(key, []).append(array)
             continue
         if not name:
             if not free:

@@ -85,9 +85,11 @@ def _unsettled(allowed: DimRange) -> list[int]:
 
 
 def _trial_backend(target: Target) -> str | None:
-    """Choose an engine to run the graph on: the target's own if it is here, else the first that is."""
+    """Choose an engine to run the graph on: the target's own if it is here and general, else the first that is."""
     for name in (target.backend, *backends.names()):
-        if name in backends.names() and backends.get(name).availability().ok:
+        if name not in backends.names() or not backends.get(name).availability().ok:
+            continue
+        if backends.get(name).capabilities().general:
             return name
     return None
 

@@ -39,11 +39,15 @@ class OnnxRuntime:
             return Availability(False, reason="onnxruntime is not installed (pip install 'torchferry[onnxruntime]')")
         return Availability(True, importlib.metadata.version("onnxruntime"))
 
+    def load(self) -> None:
+        """Import ONNX Runtime."""
+        onnxruntime()
+
     def capabilities(self) -> Capabilities:
         """Tell what the CPU execution provider does."""
         return Capabilities(precisions=("fp32",), max_opset=24, dynamic_shapes=True)
 
-    def compile(self, graph: Graph, target: Target, folder: Path) -> None:
+    def compile(self, graph: Graph, target: Target, folder: Path) -> tuple[str, ...]:
         """Save the graph as ONNX Runtime optimises it.
 
         Only the optimisations that hold on every CPU are saved; those that depend on the machine (memory layouts) are
@@ -64,6 +68,7 @@ class OnnxRuntime:
             ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
         source.unlink()
         external.unlink(missing_ok=True)
+        return ()
 
     def trial(self, graph: Graph, folder: Path) -> Session:
         """Load the graph unoptimised, with the weights where they are in memory."""
@@ -73,15 +78,19 @@ class OnnxRuntime:
         proto, weights = with_weights_as_inputs(graph.model)
         return OnnxRuntimeSession(graph.signature, proto, options, constants=weights)
 
-    def open(self, engine: Engine, *, threads: int | None = None, spinning: bool = False) -> Session:
+    def open(
+        self, engine: Engine, *, threads: int | None = None, spinning: bool = False, profile: bool = False
+    ) -> Session:
         """Load the saved model.
 
         Args:
             engine: What ``compile`` wrote.
             threads: Threads for one operator; None for the number of cores that this process may use.
             spinning: Let idle threads spin.
+            profile: Measure every node, for ``Session.profile``; the first million of them at most.
         """
-        return OnnxRuntimeSession(engine.signature, engine.path(MODEL_FILE), session_options(threads, spinning))
+        options = session_options(threads, spinning)
+        return OnnxRuntimeSession(engine.signature, engine.path(MODEL_FILE), options, profile=profile)
 
 
 def with_weights_as_inputs(model: ir.Model) -> tuple[bytes, dict[str, Array]]:

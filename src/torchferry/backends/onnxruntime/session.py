@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchferry.backends.onnxruntime.kernels import add_kernels, has_extensions
-from torchferry.core.engine import Session
+from torchferry.core.engine import Session, layer_times
 from torchferry.core.errors import BackendError, MissingBackendError
 from torchferry.core.kernels import kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from torchferry.core.engine import Array
+    from torchferry.core.engine import Array, LayerTime
     from torchferry.core.signature import Signature
+
+_KERNEL_TIME = "_kernel_time"  # how the events of a node's own work end in ONNX Runtime's profile
 
 
 def onnxruntime() -> Any:
@@ -104,13 +108,24 @@ class OnnxRuntimeSession(Session):
         model: The path of an ONNX file, or the file's bytes.
         options: From ``session_options``.
         constants: Inputs that are the same at every call.
+        profile: Measure every node.
     """
 
     def __init__(
-        self, signature: Signature, model: Path | bytes, options: Any, constants: Mapping[str, Array] | None = None
+        self,
+        signature: Signature,
+        model: Path | bytes,
+        options: Any,
+        constants: Mapping[str, Array] | None = None,
+        *,
+        profile: bool = False,
     ) -> None:
         super().__init__(signature)
         self._constants = dict(constants or {})
+        self._profiles = tempfile.TemporaryDirectory(prefix="torchferry-") if profile else None
+        if self._profiles is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._profiles.name) / "profile")
         ort = onnxruntime()
         source = str(model) if isinstance(model, Path) else model
         with translated(f"load '{model}'" if isinstance(model, Path) else "load the graph"):
@@ -123,6 +138,30 @@ class OnnxRuntimeSession(Session):
             outputs: Sequence[Array] = self._session.run(None, feeds)
         return outputs
 
+    def profile(self) -> tuple[LayerTime, ...]:
+        """Return the time of every node."""
+        if self._profiles is None:
+            return ()
+        with self._profiles:
+            events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+        self._profiles = None
+        return layer_times(_by_run(events))
+
     def _release(self) -> None:
         self._session = None
         self._constants = {}
+        if self._profiles is not None:
+            self._profiles.cleanup()
+            self._profiles = None
+
+
+def _by_run(events: list[dict[str, Any]]) -> list[dict[tuple[str, str], float]]:
+    """Add up ONNX Runtime's events by run and node; the event of a run follows those of its nodes."""
+    runs: list[dict[tuple[str, str], float]] = [{}]
+    for event in events:
+        if event["name"] == "model_run":
+            runs.append({})
+        elif event.get("cat") == "Node" and event["name"].endswith(_KERNEL_TIME):
+            key = (event["name"].removesuffix(_KERNEL_TIME), event["args"]["op_name"])
+            runs[-1][key] = runs[-1].get(key, 0.0) + event["dur"] / 1e6
+    return [run for run in runs if run]

@@ -51,13 +51,17 @@ class OpenVino:
             return Availability(False, reason="openvino is not installed (pip install 'torchferry[openvino]')")
         return Availability(True, importlib.metadata.version("openvino"))
 
+    def load(self) -> None:
+        """Import OpenVINO."""
+        openvino()
+
     def capabilities(self) -> Capabilities:
         """Tell what OpenVINO does on this CPU."""
         has_bf16 = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         precisions = tuple(name for name in PRECISIONS if name != "bf16" or has_bf16)
         return Capabilities(precisions=precisions, max_opset=MAX_OPSET, dynamic_shapes=True)
 
-    def compile(self, graph: Graph, target: Target, folder: Path) -> None:
+    def compile(self, graph: Graph, target: Target, folder: Path) -> tuple[str, ...]:
         """Save the graph in OpenVINO's format, its weights as they are; as ONNX, if it has kernels in Python.
 
         Machine code and memory layouts are made when it is opened, so the folder can be carried to another machine. The
@@ -65,14 +69,16 @@ class OpenVino:
         """
         source = folder / ONNX_FILE
         model = _converted(graph, source, KernelOperators())
+        adaptations = ("inline-functions",) if graph.model.functions else ()
         if kernel_nodes(graph.model):  # what they are in Python is not saved in OpenVINO's format
-            return
+            return adaptations
         with translated("save the graph"):
             openvino().save_model(model, str(folder / MODEL_FILE), compress_to_fp16=False)
         source.unlink()
         source.with_name(f"{source.name}.data").unlink(missing_ok=True)
         if not (folder / WEIGHTS_FILE).stat().st_size:
             (folder / WEIGHTS_FILE).unlink()
+        return adaptations
 
     def trial(self, graph: Graph, folder: Path) -> Session:
         """Load the graph in fp32, with one thread."""
@@ -80,12 +86,13 @@ class OpenVino:
         model = _converted(graph, folder / ONNX_FILE, operators)
         return OpenVinoSession(graph.signature, model, properties("fp32", threads=1), operators)
 
-    def open(self, engine: Engine, *, threads: int | None = None) -> Session:
+    def open(self, engine: Engine, *, threads: int | None = None, profile: bool = False) -> Session:
         """Load the saved model.
 
         Args:
             engine: What ``compile`` wrote.
             threads: Threads for one request; None for OpenVINO's choice among the cores that this process may use.
+            profile: Measure every layer, for ``Session.profile``.
 
         Raises:
             UnsupportedError: If the CPU lacks the precision, in place of which OpenVINO would take another.
@@ -96,7 +103,7 @@ class OpenVino:
         for file in engine.files:
             engine.path(file)  # raises if it is gone, as the weights may be
         model = engine.path(ONNX_FILE if ONNX_FILE in engine.files else MODEL_FILE)
-        return OpenVinoSession(engine.signature, model, properties(precision, threads))
+        return OpenVinoSession(engine.signature, model, properties(precision, threads, profile=profile))
 
 
 def _converted(graph: Graph, path: Path, operators: KernelOperators) -> Any:

@@ -9,28 +9,34 @@ import numpy as np
 
 from torchferry.backends.openvino.kernels import KernelOperators
 from torchferry.backends.openvino.library import COMPUTED_IN, core, limits, openvino, translated
-from torchferry.core.engine import Session
+from torchferry.core.engine import Session, layer_times
 from torchferry.core.errors import BackendError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torchferry.core.engine import Array
+    from torchferry.core.engine import Array, LayerTime
     from torchferry.core.signature import Signature
     from torchferry.core.target import Precision
 
+PROFILE = "PERF_COUNT"
 PRECISIONS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
 
 
-def properties(precision: Precision, threads: int | None) -> dict[str, Any]:
+def properties(precision: Precision, threads: int | None, *, profile: bool = False) -> dict[str, Any]:
     """Return the properties for compiling a model.
 
     Args:
         precision: What to compute in; OpenVINO would choose bf16 by itself wherever the CPU has it.
         threads: Threads for one request; None for OpenVINO's choice among the cores that this process may use.
+        profile: Measure every layer.
     """
-    chosen = {"INFERENCE_PRECISION_HINT": PRECISIONS[precision], "PERFORMANCE_HINT": "LATENCY"}
-    return {**chosen, "INFERENCE_NUM_THREADS": threads} if threads else chosen
+    chosen: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISIONS[precision], "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        chosen["INFERENCE_NUM_THREADS"] = threads
+    if profile:
+        chosen[PROFILE] = True
+    return chosen
 
 
 class OpenVinoSession(Session):
@@ -48,6 +54,7 @@ class OpenVinoSession(Session):
         self, signature: Signature, model: Any, options: dict[str, Any], operators: KernelOperators | None = None
     ) -> None:
         super().__init__(signature)
+        self._profiled: list[dict[tuple[str, str], float]] | None = [] if PROFILE in options else None
         self._operators = operators or KernelOperators()
         with translated(f"load '{model}'" if isinstance(model, Path) else "load the graph"):
             self._compiled: Any = core().compile_model(
@@ -73,13 +80,29 @@ class OpenVinoSession(Session):
                 np.array(request.get_output_tensor(place).data, dtype=spec.dtype)
                 for place, spec in enumerate(self.signature.outputs)
             ]
+            if self._profiled is not None:
+                self._profiled.append(_layers(request))
             self._idle.append(request)
         return outputs
+
+    def profile(self) -> tuple[LayerTime, ...]:
+        """Return the time of every layer that ran; those melted into others did not."""
+        runs, self._profiled = self._profiled or [], None
+        return layer_times(runs)
 
     def _release(self) -> None:
         self._idle = []
         self._compiled = None
         self._operators.release()
+
+
+def _layers(request: Any) -> dict[tuple[str, str], float]:
+    """Return the seconds of the last run by name and kind."""
+    return {
+        (layer.node_name, layer.node_type): layer.real_time.total_seconds()
+        for layer in request.get_profiling_info()
+        if layer.status.name == "EXECUTED"
+    }
 
 
 def read_onnx(path: Path, signature: Signature, operators: KernelOperators) -> Any:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torchferry.backends.reference.session import ReferenceSession
+from torchferry.backends.reference.session import ReferenceSession, evaluator
 from torchferry.core.engine import Availability, Capabilities, Engine, Graph, Session
+from torchferry.core.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 
 
 MODEL_FILE = "model.onnx"
+
+
+def _has_half(model: Any) -> bool:
+    values = (value for graph in model.graphs() for node in graph for value in (*node.inputs, *node.outputs))
+    return any(value is not None and value.dtype is not None and value.dtype.name == "FLOAT16" for value in values)
 
 
 class Reference:
@@ -29,15 +35,28 @@ class Reference:
             return Availability(False, reason="onnx is not installed (pip install 'torchferry[reference]')")
         return Availability(True, importlib.metadata.version("onnx"))
 
+    def load(self) -> None:
+        """Import the evaluator."""
+        evaluator()
+
     def capabilities(self) -> Capabilities:
         """Tell what the evaluator does."""
         import onnx
 
-        return Capabilities(precisions=("fp32",), max_opset=onnx.defs.onnx_opset_version(), dynamic_shapes=True)
+        return Capabilities(precisions=("fp32", "fp16"), max_opset=onnx.defs.onnx_opset_version(), dynamic_shapes=True)
 
-    def compile(self, graph: Graph, target: Target, folder: Path) -> None:
-        """Save the graph as it is."""
+    def compile(self, graph: Graph, target: Target, folder: Path) -> tuple[str, ...]:
+        """Save the graph as it is.
+
+        Raises:
+            UnsupportedError: If FP16 is asked for and the graph has no FP16 tensor: the evaluator goes by their types.
+        """
+        if target.precision == "fp16" and not _has_half(graph.model):
+            raise UnsupportedError(
+                "the graph computes in FP32: no tensor of it is FLOAT16", hint="make an FP16 graph with ferry.fp16.fix"
+            )
         graph.save(folder / MODEL_FILE)
+        return ()
 
     def trial(self, graph: Graph, folder: Path) -> Session:
         """Save the graph and load it."""

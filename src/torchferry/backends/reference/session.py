@@ -18,6 +18,21 @@ if TYPE_CHECKING:
     from torchferry.core.signature import Signature
 
 
+def evaluator() -> Any:
+    """Import onnx's ``ReferenceEvaluator``.
+
+    Raises:
+        MissingBackendError: If onnx is not installed.
+    """
+    try:
+        from onnx.reference import ReferenceEvaluator
+    except ImportError as exc:
+        raise MissingBackendError(
+            "the engine 'reference' is not installed", hint="pip install 'torchferry[reference]'"
+        ) from exc
+    return ReferenceEvaluator
+
+
 class ReferenceSession(Session):
     """A model loaded into onnx's evaluator.
 
@@ -28,14 +43,9 @@ class ReferenceSession(Session):
 
     def __init__(self, signature: Signature, path: Path) -> None:
         super().__init__(signature)
+        made = evaluator()
         try:
-            from onnx.reference import ReferenceEvaluator
-        except ImportError as exc:
-            raise MissingBackendError(
-                "the engine 'reference' is not installed", hint="pip install 'torchferry[reference]'"
-            ) from exc
-        try:
-            self._evaluator: Any = ReferenceEvaluator(str(path), new_ops=[_operator(kernel) for kernel in kernels()])
+            self._evaluator: Any = made(str(path), new_ops=[_operator(kernel) for kernel in kernels()])
         except Exception as exc:
             raise BackendError(f"onnx's evaluator cannot load '{path}': {exc}") from exc
 
