@@ -41,6 +41,7 @@ class Inspection:
         parameters: Numbers in all weights.
         weights_bytes: Their size.
         marks: Each as ``func[call]:type name shape``, in the graph's order.
+        nodes: All of them, marks and subgraphs included.
         modules: In the order in which they are first used; empty for a graph that torch did not export.
     """
 
@@ -52,6 +53,7 @@ class Inspection:
     parameters: int
     weights_bytes: int
     marks: tuple[str, ...]
+    nodes: int
     modules: tuple[ModuleRow, ...]
 
 
@@ -62,6 +64,7 @@ def inspect(exported: Exported) -> Inspection:
     operators: dict[str, Counter[str]] = {}
     for node in nodes:
         operators.setdefault(node.domain or "ai.onnx", Counter())[node.op_type] += 1
+    ordered = sorted(operators.items(), key=lambda entry: (entry[0] != "ai.onnx", entry[0]))
     marks = [node for node in nodes if is_mark(node)]
     weights = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     return Inspection(
@@ -69,10 +72,11 @@ def inspect(exported: Exported) -> Inspection:
         tuple(map(str, exported.signature.outputs)),
         {name: str(allowed) for name, allowed in exported.signature.dims.items()},
         {domain or "ai.onnx": version for domain, version in model.opset_imports.items()},
-        {domain: dict(counts.most_common()) for domain, counts in operators.items()},
+        {domain: dict(counts.most_common()) for domain, counts in ordered},
         sum(weight.size for weight in weights if weight is not None),
         exported.weights_bytes,
         tuple(_shown(mark.attributes) for mark in marks),
+        len(nodes),
         _modules(exported),
     )
 
