@@ -44,8 +44,10 @@ class Terminal:
             yield
 
     def started(self, name: str) -> None:
-        """Show a step that begins."""
-        if self.shows_progress:
+        """Show a step that begins, or what it has come to."""
+        if self.shows_progress and self._status is not None:
+            self._status.update(name)
+        elif self.shows_progress:
             self._status = self._console.status(name)
             self._status.start()
 

@@ -6,6 +6,7 @@ import functools
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torchferry.core.compare import TOLERANCES
 from torchferry.core.errors import ConfigError
 from torchferry.core.report import Finding
 from torchferry.core.target import Target
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from torchferry.core.compare import Tolerance
     from torchferry.exporter import Source
     from torchferry.graph import Exported
     from torchferry.rewrite import FunctionRewriter, ModuleRewriter, RewriteLog, RewriterContext, SymbolicRewriter
@@ -34,6 +36,7 @@ def export(
     function_rewriter: FunctionRewriter | None = None,
     module_rewriter: ModuleRewriter | None = None,
     symbolic_rewriter: SymbolicRewriter | None = None,
+    tolerance: Tolerance | None = None,
 ) -> Exported:
     """Export a module to an ONNX graph that knows for which sizes it is right.
 
@@ -55,6 +58,7 @@ def export(
         function_rewriter: A private registry in place of ``FUNCTION_REWRITER``.
         module_rewriter: A private registry in place of ``MODULE_REWRITER``.
         symbolic_rewriter: A private registry in place of ``SYMBOLIC_REWRITER``.
+        tolerance: What is asked of the graph where it is run at sizes 0 and 1; that of fp32 by default.
 
     Returns:
         The graph, its signature with the valid range of every dimension, and a report of what was found.
@@ -93,7 +97,7 @@ def export(
     captured = capture(source, target, context, apply_marks=apply_marks)
     exported = _with_rewrites(captured.exported, source, captured.log, context)
     with reference(exported, source, context) as against:
-        return settle(exported, against)
+        return settle(exported, against, tolerance or TOLERANCES["fp32"])
 
 
 def rewriter_context(source: Source, target: Target, cfg: Any = None, **options: Any) -> RewriterContext:

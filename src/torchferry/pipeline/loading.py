@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchferry.codebases.openmmlab.libraries import is_model_reference
 from torchferry.core.errors import ConfigError, InputError, ModelError, did_you_mean
 from torchferry.exporter.checkpoint import load_checkpoint
 from torchferry.exporter.reference import load_model
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torchferry.core.engine import Array
-    from torchferry.pipeline.config import DeployConfig
+    from torchferry.pipeline.config import DeployConfig, ModelSection
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,7 @@ def load_source(config: DeployConfig) -> Loaded:
         ConfigError: If the inputs do not fit the model's parameters.
         MissingFileError, FormatError, InputError: If an input cannot be read, or be a tensor.
     """
-    model = load_model(config.model.factory, config.model.arguments).eval()
-    notes: list[str] = []
-    if config.model.checkpoint is not None:
-        notes = load_checkpoint(model, config.model.checkpoint, unsafe=config.model.unsafe_checkpoint)
+    model, notes = build_model(config.model)
     parameters = _parameters(model)
     if not parameters:
         raise ModelError(
@@ -69,10 +68,49 @@ def load_source(config: DeployConfig) -> Loaded:
     calls = [{name: _tensor(name, call[name]) for name in parameters if name in call} for call in data.calls()]
     to_input = {parameter: name for name, parameter in to_parameter.items()}
     source = Source(
-        model, (), calls[0], config.export.dynamic or None, config.export.input_names, config.export.output_names
+        model, (), calls[0], _dynamic(config) or None, config.export.input_names, config.export.output_names
     )
     pictures = how | {name: Preprocess() for name in data.pictures if name not in how}
     return Loaded(source, calls, {to_input.get(name, name): value for name, value in pictures.items()}, tuple(notes))
+
+
+def _dynamic(config: DeployConfig) -> dict[str, dict[int, Any]]:
+    """Return the dynamic axes, with those that have a range, as in ``batch=1..8``, as dimensions of torch."""
+    return {
+        name: {axis: _dimension(text) for axis, text in axes.items()} for name, axes in config.export.dynamic.items()
+    }
+
+
+def _dimension(text: str) -> Any:
+    name, equals, bounds = text.partition("=")
+    if not equals:
+        return text
+    found = re.fullmatch(r"(\d+)\.\.(\d+)", bounds)
+    if found is None or not name.isidentifier() or not int(found[1]) < int(found[2]):
+        raise ConfigError(f"dynamic dimension '{text}' must look like batch or batch=1..8")
+    return torch.export.Dim(name, min=int(found[1]), max=int(found[2]))
+
+
+def build_model(section: ModelSection) -> tuple[torch.nn.Module, list[str]]:
+    """Build the model and load its weights; return what was done to these.
+
+    Raises:
+        ModelError: If the model cannot be built.
+        CheckpointError: If the weights do not fit or may not be read.
+        ConfigError: If arguments are given to a model that takes none.
+        MissingFileError: If a file does not exist.
+    """
+    if is_model_reference(section.factory):
+        if section.arguments:
+            raise ConfigError(f"'{section.factory}' takes no arguments", hint="change its config instead")
+        from torchferry.codebases.openmmlab.source import build_reference  # registers its rewriters
+
+        built = build_reference(section.factory, section.checkpoint, unsafe=section.unsafe_checkpoint)
+        return built.model, list(built.notes)
+    model = load_model(section.factory, section.arguments).eval()
+    if section.checkpoint is None:
+        return model, []
+    return model, load_checkpoint(model, section.checkpoint, unsafe=section.unsafe_checkpoint)
 
 
 def _parameters(model: torch.nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ from torchferry.core.report import Finding
 
 Status = Literal["applies", "applied", "left", "declined", "unused", "unknown"]
 
-_RULES = "torchferry.rewrite.rules."
+_RULES = ("torchferry.rewrite.rules.", "torchferry.codebases.")
 _MEANING = {
     "rewrite-differs": "if that is meant, register it with changes_outputs=True",
     "rewrite-structure": "return what the original returns, or register it with changes_outputs=True",

@@ -1,0 +1,1 @@
+"""OpenMMLab: models by their configs, deploy configs as MMDeploy has them, weights, pictures and rewriters."""
