@@ -70,7 +70,7 @@ def assert_op(
         inputs: A case, or a list of cases. A case is a tuple of positional arguments or a dict of keyword arguments. A
             tuple of ints among them, also inside a list or dict, is a shape and becomes a random tensor; all else is
             handed over as it is, so give sizes and axes that ``fn`` wants as ints in a list.
-        backends: Names or targets; every backend that is installed if None.
+        backends: Names or targets; every backend that is installed and takes any graph if None.
         dtypes: Run every case in each of these: random tensors have the dtype; if it is a floating-point dtype, the
             floating-point tensors of a case and of a module are converted to it. If None, random tensors are float32
             and nothing is converted.
@@ -145,8 +145,12 @@ def _targets(backends: str | Target | Iterable[str | Target] | None) -> tuple[li
             check_target(target)
         except BackendError as exc:
             skipped.append(Finding("backend-skipped", "info", f"nothing was run on {target}: {exc.message}"))
-        else:
+            continue
+        if get(target.backend).capabilities().general:
             targets.append(target)
+        else:
+            reason = "it takes some graphs only, so it has to be named"
+            skipped.append(Finding("backend-skipped", "info", f"nothing was run on {target}: {reason}"))
     if not targets:
         raise MissingBackendError("no engine is installed to test on", hint="pip install 'torchferry[all]'")
     return targets, skipped

@@ -163,7 +163,7 @@ def test_a_real_signal(place, scratch, left_in, number, while_exporting):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(number)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
     finally:
         process.kill()
     assert (process.returncode, out, err) == (1, "", MESSAGE)

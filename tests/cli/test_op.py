@@ -44,11 +44,9 @@ def test_as_json(ferry):
     assert out["status"] == "functionalized"
     [near] = values["onnx"]
     assert (near["name"], near["why"], near["inputs"]) == ("Max", "similar name", ["data_0..."])
-    assert [(trial["backend"], trial["status"]) for trial in near["engines"]] == [
-        ("onnxruntime", "runs"),
-        ("openvino", "runs"),
-        ("reference", "runs"),
-    ]
+    tried = {trial["backend"]: trial["status"] for trial in near["engines"]}
+    assert tuple(tried) == backends.names()
+    assert [tried[name] for name in ("onnxruntime", "openvino", "reference")] == ["runs"] * 3
     assert 'register_symbolic("fmax", is_pytorch=True' in values["symbolic"]
     assert [step["name"] for step in values["steps"]] == ["import torch", "look it up", "run Max"]
 

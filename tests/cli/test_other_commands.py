@@ -90,6 +90,15 @@ def test_compile_what_we_exported(ferry, place):
     assert str(package.signature.dims["h"]) == "1..", "the ranges that export settled"
 
 
+def test_ranges_of_dimensions_are_given_while_exporting_or_compiling(ferry, place, foreign):
+    assert ferry("export", *GIVEN, "--dynamic", "x:2=h=4..9,3=w", "-o", "net.onnx").status == 0
+    assert ferry("compile", "net.onnx", "--range", "h=1..8", "-o", "net").status == 0
+    assert str(load(place / "net").signature.dims["h"]) == "4..8"
+    assert ferry("compile", foreign, "--range", "rows=2..3", "-o", "out").status == 0
+    np.savez(place / "a.npz", a=np.zeros((4, 2), np.float32))
+    assert "'rows' = 4 is outside" in ferry("run", "out", "--input", "a.npz", "--output", "b.npz").refusal
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "reference"])
 def test_compile_what_somebody_else_exported(ferry, place, foreign, engine):
     ran = ferry("compile", foreign, "-o", "out", "--backend", engine)
@@ -113,6 +122,9 @@ def test_compile_what_somebody_else_exported(ferry, place, foreign, engine):
         (["foreign.onnx", "--precision", "fp16"], 1, "it offers fp32"),
         (["foreign.onnx", "--precision", "fp31"], 2, "did you mean 'fp32'"),
         (["unknown.onnx"], 1, "ONNX Runtime cannot compile the graph"),
+        (["foreign.onnx", "--range", "rows=1-8"], 2, "--range 'rows=1-8' must look like batch=1..8"),
+        (["foreign.onnx", "--range", "row=1..8"], 2, "no dynamic dimension 'row'"),
+        (["foreign.onnx", "--device", "cuda"], 1, "'onnxruntime' runs on 'cpu' here, not on 'cuda'"),
     ],
 )
 def test_compile_what_cannot_be(ferry, place, foreign, arguments, status, fragment):

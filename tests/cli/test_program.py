@@ -8,7 +8,7 @@ import pytest
 
 import torchferry
 
-COMMANDS = ("deploy", "export", "compile", "verify", "run", "partition", "inspect", "op")
+COMMANDS = ("deploy", "export", "compile", "verify", "run", "partition", "fp16", "bench", "inspect", "op", "env")
 HEAVY = {
     "PIL", "jinja2", "numpy", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_extensions", "onnxscript", "openvino",
     "pydantic", "rich", "safetensors", "scipy", "skimage", "torch",
@@ -57,9 +57,12 @@ def test_help(ferry):
     assert tuple(listed) == COMMANDS
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [*(c for c in COMMANDS if c != "fp16"), *(f"fp16 {verb}" for verb in ("check", "fix", "certify", "bisect"))],
+)
 def test_help_of_a_command(ferry, command):
-    ran = ferry(command, "--help")
+    ran = ferry(*command.split(), "--help")
     assert (ran.status, ran.err) == (0, "")
     assert ran.out.startswith(f"usage: torchferry {command} ")
     assert "--json" in ran.out

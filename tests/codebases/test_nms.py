@@ -126,7 +126,6 @@ def test_only_operators_of_onnx_are_in_the_graph() -> None:
     assert not exported.model.functions
 
 
-@pytest.mark.xfail(reason="the exporter gives the numbers of selected boxes one name, and ONNX Runtime one buffer")
 def test_two_in_one_graph() -> None:
     """Each selects another number of boxes."""
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchferry.core.errors import InputError
+from torchferry.core.errors import ConfigError, InputError
 from torchferry.core.signature import DimRange, Relation, Signature, TensorSpec
 
 SIGNATURE = Signature(
@@ -124,3 +124,19 @@ def test_json_round_trip() -> None:
 def test_other_json_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):
         Signature.from_json(text)
+
+
+class TestNarrowed:
+    signature = Signature((TensorSpec("x", "float32", ("n", "m")),), (), {"n": DimRange(2), "m": DimRange(1, 8)})
+
+    def test_both_ends_move_inwards_only(self):
+        narrowed = self.signature.narrowed({"n": (1, 16), "m": (3, 99)})
+        assert narrowed.dims == {"n": DimRange(2, 16), "m": DimRange(3, 8)}
+        assert self.signature.dims["n"].max is None
+
+    @pytest.mark.parametrize(
+        ("ranges", "message"), [({"k": (1, 2)}, "no dynamic dimension 'k'"), ({"m": (9, 12)}, "no size of 'm'")]
+    )
+    def test_what_leaves_nothing_is_refused(self, ranges, message):
+        with pytest.raises(ConfigError, match=message):
+            self.signature.narrowed(ranges)

@@ -10,6 +10,7 @@
 A ``python`` or ``toml`` block whose first line is ``# name.py`` or ``# name.toml`` is a file, saved under this name.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -44,6 +45,7 @@ PAGES = sorted(
 # Too long to run; the script must at least know its flags.
 LONG = ("python examples/super_resolution/train.py",)
 NEEDS_COMPILER = "python examples/custom_operator_cpp/export.py"
+NEEDS_OPENMMLAB = "mmdet::"
 MINIMAL_CONFIG = {"model": {"factory": "net.py:build"}, "inputs": ["x=1,2"], "out": "out/net"}
 
 
@@ -76,6 +78,8 @@ def test_blocks(page: Path, tmp_path: Path, request: pytest.FixtureRequest) -> N
     steps = [block for block in blocks(page) if _is_run(block)]
     if any(NEEDS_COMPILER in _commands(step) for step in steps) and shutil.which("c++") is None:
         pytest.skip("no C++ compiler is installed")
+    if any(NEEDS_OPENMMLAB in _commands(step) for step in steps) and importlib.util.find_spec("mmdet") is None:
+        pytest.skip("OpenMMLab is not installed; scripts/openmmlab installs it")
     if any(EXAMPLE_PACKAGE in _commands(step) or DEPLOY_EXAMPLE in step.text.splitlines() for step in steps):
         deployed = request.getfixturevalue("deployed")
         shutil.copytree(deployed / EXAMPLE_PACKAGE, tmp_path / EXAMPLE_PACKAGE)

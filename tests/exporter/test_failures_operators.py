@@ -214,6 +214,41 @@ def test_other_failures_of_torch_keep_their_words():
     assert "torch cannot export Looks" in caught.value.message
 
 
+@pytest.mark.parametrize("branches_in", ["model", "rewriter"])
+def test_a_branch_on_how_large_values_are_is_decided_beforehand(branches_in):
+    rewriters = FunctionRewriter()
+
+    class Halved(torch.nn.Module):
+        def forward(self, x):
+            return torch.relu(x)
+
+    def halved(x):
+        if x.abs().max() > 65504:
+            return x / 2
+        return x
+
+    if branches_in == "model":
+        Halved.forward = lambda self, x: halved(x)
+    else:
+        rewriters.register_rewriter("torch.relu")(halved)
+    with pytest.raises(ExportError) as caught:
+        ferry.export(Halved(), (MATRIX,), function_rewriter=rewriters)
+    assert caught.value.where.endswith("in halved: if x.abs().max() > 65504:")
+    assert "ferry.fp16.watch" in caught.value.hint
+    assert "WatchReport.load(ctx.cfg['watch'])" in caught.value.hint
+
+
+def test_a_number_without_a_branch_is_not_told_of_watching():
+    class Sized(torch.nn.Module):
+        def forward(self, x):
+            return x * int(x.sum())
+
+    with pytest.raises(ExportError) as caught:
+        ferry.export(Sized(), (MATRIX,))
+    assert ".item()" in caught.value.hint
+    assert "watch" not in caught.value.hint
+
+
 def test_an_operator_that_torch_cannot_trace():
     class Opaque(torch.nn.Module):
         def forward(self, x):

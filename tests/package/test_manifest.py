@@ -128,7 +128,7 @@ def test_verification_sums_up_a_report(report):
     assert str(got) == "passed, 2 cases; big max abs 0.25 (atol 0.5, rtol 0)"
     failed = Verification.of(report.with_findings([Finding("output-differs", "error", "it differs")]))
     assert not failed.passed
-    assert str(Verification.of(Report("nothing"))) == "passed, 0 cases"
+    assert str(Verification.of(Report("nothing"))) == "none, for nothing was run"
 
 
 # Manifests that are none

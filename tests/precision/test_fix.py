@@ -36,7 +36,7 @@ class Residual(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, gain: float = 3000.0, gate: nn.Module | None = None) -> None:
+    def __init__(self, gain: float = 30000.0, gate: nn.Module | None = None) -> None:
         super().__init__()
         self.norm1, self.norm2, self.last = nn.LayerNorm(16), nn.LayerNorm(16), nn.LayerNorm(16)
         self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
@@ -79,6 +79,19 @@ class SwiGLU(nn.Module):
         return self.last(x)
 
 
+class Stack(nn.Module):
+    """Root-mean-square norms of the user's own, far out of range inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last, self.norm2 = nn.Linear(8, 16), RMSNorm(16), nn.Linear(16, 16), RMSNorm(16)
+        self.first.weight.data.mul_(1e5)
+        self.last.weight.data.mul_(1e4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.last(self.norm(self.first(x))))
+
+
 class Masked(nn.Module):
     def __init__(self, hidden: float = -1e9) -> None:
         super().__init__()
@@ -95,7 +108,7 @@ class Groups(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.norm, self.conv2 = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 3)
-        self.conv.weight.data.mul_(1e4)
+        self.conv.weight.data.mul_(1e6)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv2(nn.functional.silu(self.norm(self.conv(x))))
@@ -128,6 +141,7 @@ CASES: dict[str, tuple[Any, list[tuple[Tensor, ...]]]] = {
     "swiglu": (SwiGLU, [(torch.randint(0, 20, (1, 6), generator=torch.Generator().manual_seed(i)),) for i in range(4)]),
     "masked": (Masked, [(x, torch.ones(6, 6).tril().bool()) for (x,) in calls(1, 6, 8)]),
     "groups": (Groups, calls(1, 3, 8, 8)),
+    "stack": (Stack, calls(5, 8)),
     "gates": (Gates, calls(3, 8)),
 }
 
@@ -201,19 +215,19 @@ def test_half_of_a_repaired_module_is_right(factory: Any) -> None:
     model.eval(), fixed.eval()
     for factor in (1, 4):
         (x,) = enlarge(data[-1], factor)
-        want = model(x)
+        want = model(x).detach()
         torch.testing.assert_close(fixed(x), want, rtol=1e-5, atol=1e-5)
         assert not copy.deepcopy(model).half()(x.half()).isfinite().all()
         got = copy.deepcopy(fixed).half()(x.half()).float()
         torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-2 * float(want.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["swiglu", "groups"])
+@pytest.mark.parametrize("name", ["stack", "groups"])
 def test_half_of_a_module_with_norms_is_right(name: str) -> None:
     model, data = build(name)
     fixed, certificate = ferry.fp16.fix(model, data)
     assert certificate.passed, str(certificate)
-    want = model(*data[-1])
+    want = model(*data[-1]).detach()
     half = tuple(t.half() if t.is_floating_point() else t for t in data[-1])
     got = copy.deepcopy(fixed).half()(*half).float()
     torch.testing.assert_close(got, want, rtol=5e-2, atol=2e-2 * float(want.abs().max()))
@@ -315,7 +329,7 @@ def test_an_operator_without_a_rule_gets_scale_1_and_is_listed() -> None:
         <domain: "my", opset_import: ["" : 18]>
         Twice (a) => (b) { b = Add (a, a) }
     """
-    fixed, certificate = ferry.fp16.fix(ir.from_onnx_text(text), (torch.ones(4),))
+    _, certificate = ferry.fp16.fix(ir.from_onnx_text(text), (torch.ones(4),))
     assert certificate.passed, str(certificate)
     assert not certificate.unknown_operators  # a function of the model is looked into
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchferry.core.target import DEFAULT_BACKEND
+from torchferry.core.errors import ConfigError
+from torchferry.core.target import DEFAULT_BACKEND, Target
 
 if TYPE_CHECKING:
     import argparse
@@ -20,6 +22,13 @@ def add(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL.onnx")
     parser.add_argument("--backend", "--target", dest="backend", default=DEFAULT_BACKEND, metavar="ENGINE")
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--device", default=Target.device, help="for which devices, such as cuda:sm86,sm120")
+    parser.add_argument(
+        "--range",
+        action="append",
+        metavar="NAME=MIN..MAX",
+        help="sizes of a dynamic dimension, such as batch=1..8; repeatable",
+    )
     parser.add_argument("-o", "--out", metavar="FOLDER", required=True, help="the package's folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -30,20 +39,29 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run the command."""
     from torchferry import backends
     from torchferry.core.files import check_free
-    from torchferry.core.target import Target
     from torchferry.graph import as_exported
     from torchferry.package import MANIFEST_FILE, pack
     from torchferry.pipeline.steps import Steps
 
-    target = Target(options.backend, options.precision)
+    target = Target(options.backend, options.precision, options.device)
+    ranges = dict(map(_range, options.range or ()))
     backends.check_target(target)
     check_free(Path(options.out), overwrite=options.overwrite, marker=MANIFEST_FILE)
     steps = Steps(terminal)
     with tempfile.TemporaryDirectory(prefix="torchferry-") as scratch:
         with steps.step(f"compile for {target}"):
             exported = as_exported(options.model, target)
+            exported = exported.replace(signature=exported.signature.narrowed(ranges))
             engine = backends.compile(exported, target, Path(scratch) / str(target))
         with steps.step("pack"):
             package = pack(engine, options.out, name=Path(options.model).stem, overwrite=options.overwrite)
     terminal.result(str(package), {"package": str(package.folder), "steps": steps.done})
     return 0
+
+
+def _range(text: str) -> tuple[str, tuple[int, int]]:
+    """Read ``batch=1..8``."""
+    found = re.fullmatch(r"(.+)=(\d+)\.\.(\d+)", text)
+    if found is None:
+        raise ConfigError(f"--range '{text}' must look like batch=1..8")
+    return found[1], (int(found[2]), int(found[3]))

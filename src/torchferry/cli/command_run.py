@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from torchferry.cli.outputs import check_output_file
 from torchferry.core.errors import ConfigError
-from torchferry.pipeline.inputs import read_inputs, split_item
 
 if TYPE_CHECKING:
     import argparse
@@ -36,8 +33,11 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run the command."""
+    import numpy as np
+
     from torchferry.core.files import new_files
     from torchferry.package import load
+    from torchferry.pipeline.inputs import read_inputs
     from torchferry.pipeline.steps import Steps
 
     output = check_output_file(options.output)
@@ -65,6 +65,8 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
 
 def _one_picture(items: list[str], declared: Container[str]) -> tuple[str, list[str]]:
     """Tell the picture from the other inputs: the item without a name, else the one named like a declared picture."""
+    from torchferry.pipeline.inputs import split_item
+
     plain = [item for item in items if not split_item(item)[0] and not item.endswith((".npz", ".npy"))]
     chosen = plain or [item for item in items if split_item(item)[0] in declared]
     if len(chosen) != 1:

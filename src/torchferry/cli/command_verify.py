@@ -52,7 +52,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     if page is not None:
         report.save(page)
     terminal.result(report.to_text(), {"steps": steps.done, "report": report.to_dict()})
-    return 0 if report.passed else 1
+    return 0 if report.passed and report.comparisons else 1
 
 
 def _chosen(engines: tuple[Engine, ...], backend: str | None) -> tuple[Engine, ...]:

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torchferry import __version__
 from torchferry.cli import (
+    command_bench,
     command_compile,
     command_deploy,
+    command_env,
     command_export,
+    command_fp16,
     command_inspect,
     command_op,
     command_partition,
@@ -33,8 +36,11 @@ _COMMANDS = (
     command_verify,
     command_run,
     command_partition,
+    command_fp16,
+    command_bench,
     command_inspect,
     command_op,
+    command_env,
 )
 
 

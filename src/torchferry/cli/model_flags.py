@@ -33,7 +33,7 @@ def add_model_flags(parser: argparse.ArgumentParser, config: str = "CONFIG") -> 
         "--dynamic",
         action="append",
         metavar="INPUT:AXIS=NAME,…",
-        help="dynamic dimensions, such as image:0=batch,2=height,3=width; repeatable",
+        help="dynamic dimensions, such as image:0=batch,2=height,3=width or image:0=batch=1..8; repeatable",
     )
     graph.add_argument("--target", "--backend", dest="target", metavar="ENGINE", help=f"default: {DEFAULT_BACKEND}")
     graph.add_argument("--precision", help="fp32 (default), fp16, bf16 or int8")

@@ -26,6 +26,12 @@ _NEEDS_A_NUMBER_HINT = (
     "or .tolist() and hand it on as it is, without int(), float() or a comparison; or write this step as an "
     "autograd.Function with a symbolic"
 )
+_BRANCHES = re.compile(r"\b(if|elif|while|and|or|not|assert)\b")
+_BRANCHES_HINT = (
+    "for a branch on how large values are, as on x.abs().max() > 65504, run the model on real inputs beforehand under "
+    "ferry.fp16.watch, save its report() as watch.json, export with cfg={'watch': 'watch.json'}, and decide in a "
+    "rewriter from ferry.fp16.WatchReport.load(ctx.cfg['watch'])"
+)
 _NO_FAKE = "no fake impl registered"  # torch's words for an operator that it cannot trace
 _NO_FAKE_HINT = "register one that returns an empty tensor of the right dtype and sizes"
 _NODE = re.compile(r"translating node %(\w+) ")
@@ -70,14 +76,17 @@ def export_error(
     return ExportError(
         f"torch cannot export {type(source.model).__name__}: {_first_lines(str(root) or type(root).__name__)}",
         where=where,
-        hint=_hint(str(root)),
+        hint=_hint(str(root), where or ""),
     )
 
 
-def _hint(message: str) -> str:
+def _hint(message: str, where: str) -> str:
     if _NO_FAKE in message:
         return _NO_FAKE_HINT
-    return _NEEDS_A_NUMBER_HINT if any(words in message for words in _NEEDS_A_NUMBER) else _HINT
+    if not any(words in message for words in _NEEDS_A_NUMBER):
+        return _HINT
+    line = where.partition(": ")[2]
+    return f"{_NEEDS_A_NUMBER_HINT}; {_BRANCHES_HINT}" if _BRANCHES.search(line) else _NEEDS_A_NUMBER_HINT
 
 
 def users_frames(exc: BaseException) -> str | None:

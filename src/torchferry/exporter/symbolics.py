@@ -25,7 +25,7 @@ from torchferry.graph.provenance import node_line
 from torchferry.rewrite.sites import Site
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from torchferry.rewrite import Symbolic
     from torchferry.rewrite.symbolic import SymbolicTarget
@@ -190,9 +190,11 @@ class Symbolics:
         built.graph.remove(new)
         outputs = list(built.graph.outputs)
         built.graph.outputs.clear()
+        known = {size for value in inputs for size in value.shape or () if not isinstance(size, int)}
         for inner in _all_nodes(new):
             for value in inner.outputs:
-                value.shape = None if value.type is None else value.shape  # a size without a type cannot be written
+                # A size without a type cannot be written.
+                value.shape = None if value.type is None else _renamed(value.shape, known)
             inner.metadata_props.update(node.metadata_props)
             inner.name = f"{node.name}/{inner.name}"
             for value in inner.outputs:
@@ -309,6 +311,11 @@ def _check_outputs(name: str, built: Sequence[ir.Value], wanted: Sequence[ir.Val
             raise OperatorError(
                 f"output {index} of the symbolic of '{name}' has shape {value.shape}, PyTorch's {known.shape}"
             )
+
+
+def _renamed(shape: ir.Shape | None, known: Collection[Any]) -> ir.Shape | None:
+    """Return a shape without the names that inference gave to unknown sizes: it gives them anew in every fragment."""
+    return None if shape is None else ir.Shape([d if isinstance(d, int) or d in known else None for d in shape])
 
 
 def _all_nodes(nodes: Sequence[ir.Node]) -> Iterator[ir.Node]:

@@ -97,6 +97,8 @@ class Verification(BaseModel):
         return cls(title=report.title, passed=report.passed, cases=cases, max_abs=max_abs, tolerances=tolerances)
 
     def __str__(self) -> str:
+        if self.passed and not self.cases:
+            return "none, for nothing was run"
         text = f"{'passed' if self.passed else 'FAILED'}, {len(self.cases)} case{'s' * (len(self.cases) != 1)}"
         errors = [f"{name} max abs {value:.3g} ({self.tolerances[name]})" for name, value in self.max_abs.items()]
         return "; ".join([text, *errors])

@@ -174,7 +174,7 @@ def _why_not(engine: Engine) -> str:
         available = get_backend(engine.target.backend).availability()
     except MissingBackendError as exc:
         return exc.message
-    return "" if available.ok else available.reason
+    return "" if available.ok and available.can_run else available.reason
 
 
 def pack(
@@ -188,6 +188,7 @@ def pack(
     name: str | None = None,
     rewrites: Mapping[str, int] | None = None,
     versions: Mapping[str, str] | None = None,
+    certificates: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Package:
     """Put engines into one folder that can be carried to another machine; whole or not at all.
@@ -202,6 +203,7 @@ def pack(
         name: The package's name; the folder's if None.
         rewrites: Name and number of uses of every rewriter that acted.
         versions: Of what else made the package, such as torch; Python's, numpy's and torchferry's are added.
+        certificates: For an engine's id what was proved about its graph, as JSON; saved as ``certificates/ID.json``.
         overwrite: Replace the folder if it exists.
 
     Returns:
@@ -236,6 +238,9 @@ def pack(
         if exported is not None:
             (partial / "exported").mkdir()
             exported.save(partial / "exported" / "model.onnx")
+        for engine_id, text in (certificates or {}).items():
+            (partial / "certificates").mkdir(exist_ok=True)
+            write_text(partial / "certificates" / f"{engine_id}.json", text)
         try:
             manifest = Manifest(
                 name=name or path.absolute().name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import operator
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -270,7 +271,7 @@ class _Search:
         return dataclasses.replace(
             result,
             module=module,
-            operator=str(suspects[-1].target),
+            operator=_operator(suspects[-1]),
             source=source,
             suspects=tuple(node.name for node in suspects),
             tensors=self.tensors.get(bad, ()),
@@ -324,6 +325,12 @@ def _prefix(exported: Exported, names: list[str]) -> Exported:
     from torchferry.partitioning import partition
 
     return partition(exported, [{"name": "prefix", "end": names}])[0]
+
+
+def _operator(node: torch.fx.Node) -> str:
+    """Name an operator; what only takes one of its results is not one."""
+    maker = node.args[0] if node.target is operator.getitem and node.args else node
+    return str(getattr(maker, "target", node.target))
 
 
 def _origin(node: torch.fx.Node) -> tuple[str, str]:

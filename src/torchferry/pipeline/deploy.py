@@ -13,9 +13,11 @@ from torchferry import backends
 from torchferry.core.compare import TOLERANCES, Tolerance
 from torchferry.core.errors import ConfigError, OutputError, TorchferryError, VerificationError
 from torchferry.core.files import check_free, output_errors
-from torchferry.core.report import Report
+from torchferry.core.report import Finding, Report
 from torchferry.core.target import Target
 from torchferry.package import MANIFEST_FILE, Package, Postprocess, Preprocess, pack
+from torchferry.pipeline.config import HEADROOM_BITS
+from torchferry.pipeline.half import Half, halved
 from torchferry.pipeline.steps import Steps
 
 if TYPE_CHECKING:
@@ -44,8 +46,9 @@ def deploy(
     overwrite: bool = False,
     steps: Steps | None = None,
     cfg: Any = None,
+    headroom_bits: int = HEADROOM_BITS,
 ) -> Package:
-    """Export, compile, verify and pack a model.
+    """Export, compile, verify and pack a model; for targets of precision fp16 also repair what would overflow.
 
     Args:
         source: The module with its example, names and dynamic dimensions.
@@ -61,6 +64,7 @@ def deploy(
         overwrite: Replace the folder if it exists.
         steps: Where to record time and memory, and whom to tell.
         cfg: What rewriters see as ``ctx.cfg``.
+        headroom_bits: Powers of two that inputs may be larger than ``data`` before FP16 overflows.
 
     Returns:
         The package, loaded.
@@ -83,6 +87,7 @@ def deploy(
         overwrite=overwrite,
         steps=steps or Steps(),
         cfg=cfg,
+        headroom_bits=headroom_bits,
     )[0]
 
 
@@ -100,6 +105,7 @@ def _walk(
     overwrite: bool,
     steps: Steps,
     cfg: Any,
+    headroom_bits: int,
 ) -> tuple[Package, Report]:
     from torchferry.pipeline.export import export, reference, rewriter_context
 
@@ -115,13 +121,18 @@ def _walk(
         if not exported.report.passed:
             raise _refusal(exported.report, out)
     exported = exports[targets[0].backend]
+    halves: dict[str, Half] = {}
 
     with tempfile.TemporaryDirectory(prefix="torchferry-") as scratch:
         engines: list[Engine] = []
         reports: list[Report] = []
         for target in targets:
+            graph = exports[target.backend]
+            if target.precision == "fp16":
+                halves[str(target)] = half = halved(graph, source, data, headroom_bits, steps)
+                graph = half.exported
             with steps.step(f"compile for {target}") as step:
-                engine = backends.compile(exports[target.backend], target, Path(scratch) / str(target))
+                engine = backends.compile(graph, target, Path(scratch) / str(target))
                 size = sum((engine.folder / file).stat().st_size for file in engine.files)
                 step.detail = f"{size / 2**20:.2f} MiB"
             engines.append(engine)
@@ -129,6 +140,10 @@ def _walk(
             with reference(exports[target.backend], source, context) as against:
                 reports.append(verify_at(steps, engine, against, data, tolerance(target), sizes))
         report = _whole_report(exported, reports, steps)
+        adapted = {str(engine.target): ", ".join(engine.adaptations) for engine in engines if engine.adaptations}
+        report = report.with_facts("adaptations", adapted) if adapted else report
+        for halved_for, half in halves.items():
+            report = half.added_to(report, halved_for)
         if not report.passed:
             raise _refusal(report, out)
         with steps.step("pack") as step:
@@ -142,6 +157,7 @@ def _walk(
                 name=name or type(source.model).__name__,
                 rewrites=exported.rewrites,
                 versions=_versions(),
+                certificates={halved_for: half.certificate.to_json() for halved_for, half in halves.items()},
                 overwrite=overwrite,
             )
             step.detail = str(out)
@@ -174,9 +190,15 @@ def verify_at(
     tolerance: Tolerance | None,
     sizes: Mapping[str, Sequence[int]] | None,
 ) -> Report:
-    """Verify as one step, at every combination of the sizes given, or at sizes chosen from the ranges."""
+    """Verify as one step, at every combination of the sizes given, or at sizes chosen from the ranges.
+
+    An engine that only compiles here gives a report with nothing compared and the warning ``engine-not-run``.
+    """
     from torchferry.verification import verify
 
+    available = backends.get(engine.target.backend).availability()
+    if available.ok and not available.can_run:
+        return _not_run(engine, source, available.reason)
     chosen = None if sizes is None else [dict(zip(sizes, values, strict=True)) for values in product(*sizes.values())]
     with steps.step(f"verify {engine.target}") as step:
         report = verify(engine, source, data, tolerance=tolerance, sizes=chosen)
@@ -184,6 +206,17 @@ def verify_at(
         cases = len({c.case for c in report.comparisons})
         step.detail = f"{cases} cases, max abs difference {worst:.3g}"
     return report
+
+
+def _not_run(engine: Engine, source: Source, reason: str) -> Report:
+    finding = Finding(
+        "engine-not-run",
+        "warning",
+        f"{engine.target} was compiled and not run: {reason}",
+        where=str(engine.target),
+        hint="run `torchferry verify` on the package where the engine runs",
+    )
+    return Report(f"verification of {type(source.model).__name__} on {engine.target}", (finding,))
 
 
 def join_reports(reports: Sequence[Report]) -> Report:
@@ -298,6 +331,7 @@ def deploy_config(
         overwrite=overwrite,
         steps=steps,
         cfg=config,
+        headroom_bits=config.fp16.headroom_bits,
     )
 
 

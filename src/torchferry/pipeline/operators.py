@@ -118,6 +118,8 @@ def _try(backend: Backend, samples_for: Callable[[int], list[Sample] | str]) -> 
     available = backend.availability()
     if not available.ok:
         return Trial(backend.name, "not installed", available.reason)
+    if not available.can_run:
+        return Trial(backend.name, "not tried", available.reason)
     newest = backend.capabilities().max_opset
     samples = samples_for(newest)
     if isinstance(samples, str):

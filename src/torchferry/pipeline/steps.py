@@ -80,7 +80,7 @@ class Steps:
         _forget_peak()
         start = time.perf_counter()
         yield running
-        step = Step(name, time.perf_counter() - start, _peak_mib(), running.detail, running.notable)
+        step = Step(name, time.perf_counter() - start, peak_mib(), running.detail, running.notable)
         self.done.append(step)
         if self.watcher is not None:
             self.watcher.finished(step)
@@ -94,7 +94,8 @@ def _forget_peak() -> None:
         return
 
 
-def _peak_mib() -> float:
+def peak_mib() -> float:
+    """Return the largest resident memory of this process in MiB, since it was last reset."""
     try:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -28,6 +28,7 @@ _HALF = ir.DataType.FLOAT16
 _PREFIX = "repaired/"
 _ULPS = 2.0**-20  # what an operator's own rounding may differ by where its rule is not exact
 _TINY = 2.0**-100  # below it a shift may round, since FP32 ends too
+_SHIFTS = ("Mul", "Cast", "Clip")  # what the repair adds that changes no bit
 _DTYPE_ATTRIBUTES = ("to", "dtype", "output_datatype")
 
 
@@ -98,7 +99,9 @@ class _Joint:
         self._passed_over = tuple(sorted(hidden & scales.keys()))
         self._scales = {name: entry for name, entry in scales.items() if name not in hidden and entry[0] in self._own}
         others = (v.name or "" for v in values(self._fixed.graph) if v.dtype not in (_HALF, FLOAT))
-        self._scales.update({name: (name, 0) for name in others if name in self._own and not _is_constant(self._own[name])})
+        self._scales.update(
+            {name: (name, 0) for name in others if name in self._own and not _is_constant(self._own[name])}
+        )
         self._figures: list[tuple[str, bool, tuple[ir.Value, ir.Value, ir.Value]]] = []
         self._skipped: dict[str, str] = {}
         self._made: dict[ir.Value, ir.Value] = {}
@@ -115,7 +118,7 @@ class _Joint:
                     continue
                 relative = gap / size if size else np.inf
                 into = excused if not is_exact and relative <= _ULPS else different
-                into[name] = max(relative, into.get(name, 0.0)) if relative == relative else np.nan  # noqa: PLR0124
+                into[name] = max(relative, into.get(name, 0.0)) if relative == relative else np.nan
         compared = {name for name, _, _ in self._figures}
         given = {v.name or "" for v in self._fixed.graph.inputs} | self._fixed.graph.initializers.keys()
         missing = tuple(
@@ -158,7 +161,7 @@ class _Joint:
 
     def _is_shift(self, value: ir.Value) -> bool:
         producer = value.producer()
-        return producer is not None and producer.op_type in ("Mul", "Cast", "Clip") and value.name not in self._own
+        return producer is not None and producer.op_type in _SHIFTS and value.name not in self._own
 
     def _operand(self, value: ir.Value) -> ir.Value:
         return self._true(value) if value.name in self._scales else self._made[value]
@@ -200,8 +203,8 @@ class _Joint:
         equal = self._op("Cast", self._op("Not", self._op("Equal", got, want)), to=FLOAT)
         got, want = (v if v.dtype in (FLOAT, None) else self._op("Cast", v, to=FLOAT) for v in (got, want))
         gap = self._op("Abs", self._op("Sub", got, want))
-        largest = lambda value: self._op("ReduceMax", value, keepdims=0)  # noqa: E731 - three times on one line
-        return largest(equal), largest(gap), largest(self._op("Abs", want))
+        unequal, gap, size = (self._op("ReduceMax", v, keepdims=0) for v in (equal, gap, self._op("Abs", want)))
+        return unequal, gap, size
 
     def _op(self, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         node = ir.node(op_type, inputs, attributes or None)

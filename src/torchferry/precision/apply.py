@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +38,7 @@ class Added:
 
     Attributes:
         name: The node's name.
-        operator: ``Mul``, ``Clip`` or ``Cast``.
+        operator: ``Mul``, ``Clip``, ``Cast``, or ``Add`` behind a logarithm.
         tensor: What it acts on.
         why: What for.
     """
@@ -125,7 +126,10 @@ class _Writer:
         self._converted: dict[Any, ir.Value] = {}
         self._scale_of: dict[ir.Value, int] = {}
         self._taken = {value.name for value in values(self._graph)}
+        self._shifts = dict(solution.shifts)
         self.result = Repaired(exported)
+        for node in [node for node in self._graph if node.op_type == "Log"]:
+            self._shift_logarithm(node)
         in_fp32 = {v.name for v in (*self._graph.inputs, *self._graph.outputs)} if keep_io_types else set()
         in_fp32.update(problem.outside)
         nodes = list(self._graph)
@@ -147,6 +151,26 @@ class _Writer:
                 original = value.name.removesuffix(_STORED)
                 self.result.scales[value.name] = (original, form[1])
         self._sign(exported)
+
+    def _shift_logarithm(self, node: ir.Node) -> None:
+        """Take the logarithm of what is stored, and add that of its scale: log(t) = log(t / 2**k) + k ln 2."""
+        x, y = node.inputs[0], node.outputs[0]
+        bits = self._shifts.pop((x.name if x is not None else "", node.name or ""), 0)  # type: ignore[arg-type]
+        if not bits:
+            return
+        name = y.name or ""
+        tensor = ir.Tensor(np.array(bits * math.log(2), np.float32), name=self._name(f"{name}/shift"))
+        shift = ir.Value(name=tensor.name, type=y.type, shape=tensor.shape, const_value=tensor)
+        self._graph.register_initializer(shift)
+        self._prepared.made.add(shift.name or "")
+        add = ir.node("Add", [y, shift], name=self._name(f"{name}/add"))
+        add.outputs[0].type, add.outputs[0].shape = y.type, y.shape
+        add.metadata_props.update(node.metadata_props)
+        y.replace_all_uses_with(add.outputs[0], replace_graph_outputs=True)
+        add.replace_input_with(0, y)
+        self._graph.insert_after(node, add)
+        y.name, add.outputs[0].name = self._name(f"{name}/unshifted"), name
+        self.result.added.append(Added(add.name or "", "Add", name, f"log(t) = log(t / 2**{bits}) + {bits} ln 2"))
 
     def _form(self, value: ir.Value, in_fp32: set[str | None]) -> Form:
         name = value.name or ""
@@ -182,7 +206,7 @@ class _Writer:
             return value
         if self._is_island(reader):
             return self._convert(value, ("fp32", 0), reader)
-        k = self._solution.scales.get(name, 0) - self._solution.shifts.get((name, reader_name), 0)
+        k = self._solution.scales.get(name, 0) - self._shifts.get((name, reader_name), 0)
         return self._convert(value, ("fp16", k), reader, clip=(name, reader_name) in self._clips)
 
     def _convert(self, value: ir.Value, wanted: Form, reader: ir.Node | None, *, clip: bool = False) -> ir.Value:
@@ -216,7 +240,7 @@ class _Writer:
         while root not in self._forms:
             root = root.producer().inputs[0]  # type: ignore[union-attr, assignment]
         name = self._name(f"{root.name}/{op_type.lower()}")
-        dtype = attributes.get("to", x.dtype if x not in self._forms else _dtype(self._forms[x]))
+        dtype = attributes.get("to") or (_dtype(self._forms[x]) if x in self._forms else x.dtype or FLOAT)
         output = ir.Value(name=name, type=ir.TensorType(dtype), shape=x.shape)
         node = ir.node(op_type, [x, *others], attributes or None, outputs=[output], name=name)
         producer = x.producer()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def scaled_conv(conv: Conv, x: Tensor, p: float) -> Tensor:
     """Return ``conv(p·x) / p`` without computing anything that is p times larger.
 
-    From ``conv(p·x) = p·conv(x) − (p − 1)·b``: the weights act on x as it is, and the bias is added once, divided by p.
+    From ``conv(p·x) = p·conv(x) - (p - 1)·b``: the weights act on x as it is, and the bias is added once, divided by p.
 
     Args:
         conv: A convolution; not changed.
@@ -42,13 +42,14 @@ def scaled_conv(conv: Conv, x: Tensor, p: float) -> Tensor:
     """
     _require_power_of_two(p)
     bias = None if conv.bias is None else conv.bias / p
-    return conv._conv_forward(x, conv.weight, bias)
+    result: Tensor = conv._conv_forward(x, conv.weight, bias)
+    return result
 
 
 def scaled_batch_norm(norm: BatchNorm, x: Tensor, p: float) -> Tensor:
     """Return ``norm(p·x) / p`` in evaluation mode without computing anything that is p times larger.
 
-    The running mean and the bias are divided by p: ``((p·x − μ)·s + β) / p = (x − μ/p)·s + β/p``.
+    The running mean and the bias are divided by p: ``((p·x - μ)·s + β) / p = (x - μ/p)·s + β/p``.
 
     Args:
         norm: A batch normalisation with running statistics; not changed.
@@ -87,7 +88,12 @@ class ScaledResidual(nn.Module):
         _require_power_of_two(p)
         self.p = p
         self.layers = nn.ModuleList(
-            [_layer(block, "conv1"), _layer(block, "bn1", "norm1"), _layer(block, "conv2"), _layer(block, "bn2", "norm2")]
+            [
+                _layer(block, "conv1"),
+                _layer(block, "bn1", "norm1"),
+                _layer(block, "conv2"),
+                _layer(block, "bn2", "norm2"),
+            ]
         )
         downsample = getattr(block, "downsample", None)
         self.shortcut = nn.ModuleList([] if downsample is None else list(downsample))
@@ -103,10 +109,12 @@ class ScaledResidual(nn.Module):
 
 
 def _layer(block: nn.Module, *names: str) -> nn.Module:
-    found = next((getattr(block, name) for name in names if isinstance(getattr(block, name, None), nn.Module)), None)
+    modules = [getattr(block, name, None) for name in names]
+    found = next((module for module in modules if isinstance(module, nn.Module)), None)
     if found is None:
         raise InputError(
-            f"{type(block).__name__} has no '{names[0]}'", hint="write its scaled form with scaled_conv and scaled_batch_norm"
+            f"{type(block).__name__} has no '{names[0]}'",
+            hint="write its scaled form with scaled_conv and scaled_batch_norm",
         )
     return found
 

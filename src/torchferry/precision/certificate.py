@@ -15,7 +15,7 @@ import onnx_ir as ir
 from torchferry.core.errors import FormatError, VerificationError
 from torchferry.core.files import new_folder, require_file
 from torchferry.graph.reading import as_exported
-from torchferry.precision.apply import (  # noqa: TC001 - pydantic reads the annotations
+from torchferry.precision.apply import (
     SMALLEST,
     Added,
     ConstantRecord,
@@ -141,6 +141,7 @@ class Certificate:
     def exceptions(self) -> tuple[str, ...]:
         """Return everything that is not the same computation, shifted; one line each."""
         clips = [f"'{a.tensor}' is clipped {a.why}" for a in self.added if a.operator == "Clip"]
+        clips += [f"'{a.tensor}' is shifted: {a.why}" for a in self.added if a.operator == "Add"]
         masks = [f"mask '{name}' is bounded" for name, record in self.constants.items() if record.is_mask]
         opened = [f"{operator} '{name}' is written out" for name, operator in self.opened.items()]
         raised = [f"'{name}' is {SMALLEST:.3g}, since {value:.3g} would be 0" for name, value in self.raised.items()]
@@ -148,7 +149,7 @@ class Certificate:
 
     def to_text(self) -> str:
         """Render for a terminal or a log."""
-        kinds = {kind: sum(a.operator == kind for a in self.added) for kind in ("Mul", "Clip", "Cast")}
+        kinds = {kind: sum(a.operator == kind for a in self.added) for kind in ("Mul", "Clip", "Add", "Cast")}
         counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
         lines = [
             f"{self.title}: {'certified' if self.passed else 'NOT certified'}",

@@ -12,12 +12,14 @@ own (``"aux", "m"``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Slot = tuple[str, int | str]
 Relation = dict[Slot, int]
@@ -103,10 +105,15 @@ def PRODUCT(node: ir.Node) -> list[Relation]:  # noqa: N802
     return [{("out", 0): 1} | {slot: -1 for slot in float_slots(node) if slot[0] == "in"}]
 
 
-def _some(*equal: Slot, attributes: tuple[str, ...] = ()) -> Callable[[ir.Node], list[Relation]]:
-    """Ask for one k of these slots and attributes, and 0 of all others."""
+def _some(*equal: Slot, attributes: tuple[str, ...] = (), optional: bool = True) -> Callable[[ir.Node], list[Relation]]:
+    """Ask for one k of these slots and attributes, and 0 of all others.
+
+    Where an attribute is left out that has a default other than 0, it cannot absorb, and all have 0.
+    """
 
     def relations(node: ir.Node) -> list[Relation]:
+        if not optional and not node.attributes.keys() >= set(attributes):
+            return FIXED(node)
         slots = float_slots(node)
         tied: list[Slot] = [slot for slot in equal if slot in slots]
         tied += [("attr", name) for name in attributes if name in node.attributes]
@@ -127,7 +134,7 @@ def _linear_with_bias(bias: int, *also: int) -> Callable[[ir.Node], list[Relatio
 
 
 def _degree(numerator: int, denominator: int = 1) -> Callable[[ir.Node], list[Relation]]:
-    return lambda node: [{("out", 0): denominator, ("in", 0): -numerator}]
+    return lambda _: [{("out", 0): denominator, ("in", 0): -numerator}]
 
 
 def _power(node: ir.Node) -> list[Relation]:
@@ -196,8 +203,8 @@ def _add(names: str, degree: str, proof: str, relations: Callable[[ir.Node], lis
 
 
 _add(
-    "Identity Reshape Flatten Squeeze Unsqueeze Transpose Slice Split Expand Tile Concat Gather GatherElements GatherND "
-    "SpaceToDepth DepthToSpace ReverseSequence Trilu Compress CenterCropPad Col2Im Unique",
+    "Identity Reshape Flatten Squeeze Unsqueeze Transpose Slice Split Expand Tile Concat Gather GatherElements "
+    "GatherND SpaceToDepth DepthToSpace ReverseSequence Trilu Compress CenterCropPad Col2Im Unique",
     "equal",
     "only moves elements, or adds some of them up",
     EQUAL,
@@ -211,9 +218,14 @@ _add("Clip", "equal, bounds too", "clip(c*x, c*a, c*b) = c*clip(x, a, b)", _some
      attributes=("min", "max")))  # fmt: skip
 _add("Pad", "equal, the value too", "only adds elements of the value", _some(_IN, ("in", 2), _OUT,
      attributes=("value",)))  # fmt: skip
-_add("ThresholdedRelu", "equal, alpha too", "compares x with alpha", _some(_IN, _OUT, attributes=("alpha",)))
+_add(
+    "ThresholdedRelu",
+    "equal, alpha too",
+    "compares x with alpha",
+    _some(_IN, _OUT, attributes=("alpha",), optional=False),
+)
 _add("Shrink", "equal, lambd and bias too", "compares x with lambd, adds bias", _some(_IN, _OUT,
-     attributes=("lambd", "bias")))  # fmt: skip
+     attributes=("lambd", "bias"), optional=False))  # fmt: skip
 _add("ConstantOfShape", "any, the value absorbs", "every element is the value", _some(_OUT, attributes=("value",)))
 _add("OneHot", "values equal output", "every element is one of the two values", _some(("in", 2), _OUT))
 _add("ScatterND ScatterElements Scatter", "equal", "moves elements, adds them, or takes the larger", _scatter)
@@ -246,11 +258,12 @@ _add("Cast", "equal between floats and to bool, else 0", "an integer has no scal
 _add("CastLike", "equal", "the second input gives only its type", lambda _: [{_OUT: 1, _IN: -1}])
 _add("HardSigmoid", "alpha = -in, out 0", "max(0, min(1, (alpha/c)*(c*x) + beta))", _hard_sigmoid)
 _add("Attention", "q + k = 0, out = v", "softmax needs the true q*k; its output weighs v", _attention)
+_add("Log", "out 0, in any for one addition", "log(2**k y) = log(y) + k ln 2", FIXED)
 _add("Softmax", "0", "softmax(c*x) is another function; softmax(x - max) is the same", FIXED)
 _add("Sigmoid Tanh Erf", "0", "not homogeneous; flat beyond 2**15, so a clip there changes no bit", FIXED)
 _add("Gelu HardSwish Swish Mish", "0", "x * gate(x): opened where x leaves the range", FIXED)
 _add(
-    "Exp Log LogSoftmax Softplus Softsign Elu Selu Celu Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh Round Floor "
+    "Exp LogSoftmax Softplus Softsign Elu Selu Celu Sin Cos Tan Asin Acos Atan Sinh Cosh Asinh Acosh Atanh Round Floor "
     "Ceil ReduceProd ReduceLogSum ReduceLogSumExp LRN Det Range AffineGrid NonMaxSuppression LSTM GRU RNN EyeLike "
     "RandomNormal RandomUniform RandomNormalLike RandomUniformLike BlackmanWindow HannWindow HammingWindow",
     "0",

@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 
 @overload
-def fix(
-    model: torch.nn.Module, calibration: Any, headroom_bits: int = 2
-) -> tuple[torch.nn.Module, Certificate]: ...
+def fix(model: torch.nn.Module, calibration: Any, headroom_bits: int = 2) -> tuple[torch.nn.Module, Certificate]: ...
 @overload
 def fix(
     model: Any, calibration: Any, headroom_bits: int = 2, *, keep_io_types: bool = False
@@ -78,7 +76,7 @@ def _fix_exported(
     found = plan(exported, solved_on, headroom_bits)
     repaired = repair(exported, found, keep_io_types=keep_io_types)
     seconds = time.perf_counter() - started
-    certificate = certificate_of(found, repaired, headroom_bits, how, seconds)
+    certificate = certificate_of(exported.model.graph.name or "a graph", found, repaired, headroom_bits, how, seconds)
     evidence = Evidence(exported, repaired.exported, solved_on, held_out)
     return repaired.exported, with_checks(certificate, evidence)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torchferry.precision.ranges import Range
+if TYPE_CHECKING:
+    from torchferry.precision.ranges import Range
 
 FP16_MAX = 65504.0
 ROOM = 0.75
-"""The part of FP16's range that a tensor may fill at the largest input; other data of that size may go a third higher."""
+"""The part of FP16's range that a tensor may fill at the largest input; other data may go a third higher."""
 _SMALLEST_NORMAL = -14  # log2; below it FP16 loses bits
 _SMALLEST = -24  # log2 of the smallest number above 0
+_PRECISE = -16  # log2; a divisor keeps eight bits there
 _BITS_ABOVE = 3  # a typical element should keep as many bits above the smallest normal number, less those it may lose
 _TYPICAL_FLOOR = _SMALLEST_NORMAL + _BITS_ABOVE
 
@@ -24,12 +27,14 @@ class Limits:
         least: Below this the tensor overflows on the data, or within the headroom, or its sums may; must hold.
         wanted: Below this its sums, in the worst order, may overflow within the headroom.
         most: Above this something divides by zero; must hold.
+        precise: Above this a divisor, or what a root is taken of, keeps few bits; worth a node.
         floor: Above this typical elements lose bits to the subnormal range.
     """
 
     least: int | None = None
     wanted: int | None = None
     most: int | None = None
+    precise: int | None = None
     floor: int | None = None
 
     @property
@@ -52,17 +57,19 @@ def limits(measured: Range, enlarged: Range, headroom_bits: int) -> Limits:
     least = max(_shift(largest, ROOM * FP16_MAX), _shift(_finite(measured.any_order), FP16_MAX))
     wanted = max(least, _shift(summed, FP16_MAX))
     most = _room_below(measured.smallest, _SMALLEST + 1)
+    precise = _room_below(measured.smallest, _PRECISE)
     floors = [_room_below(measured.typical, _TYPICAL_FLOOR), _room_below(measured.smallest, _SMALLEST_NORMAL)]
     floor = min((each for each in floors if each is not None), default=None)
     if least <= _NOTHING:
-        return Limits(None, None, most, floor)
-    return Limits(least, wanted, most, floor)
+        return Limits(None, None, most, precise, floor)
+    return Limits(least, wanted, most, precise, floor)
 
 
 def constant_limits(measured: Range) -> Limits:
     """Return the bounds for a constant: it must fit, and should keep its bits."""
     least = _shift(measured.largest, FP16_MAX)
-    return Limits(None if least <= _NOTHING else least, None, None, _room_below(measured.typical, _TYPICAL_FLOOR))
+    floor = _room_below(measured.typical, _TYPICAL_FLOOR)
+    return Limits(None if least <= _NOTHING else least, floor=floor)
 
 
 _NOTHING = -1000

@@ -80,11 +80,13 @@ def repair(exported: Exported, found: Plan, *, keep_io_types: bool = False) -> R
     return apply_scales(exported, prepared, found.problem, found.solution, keep_io_types=keep_io_types)
 
 
-def certificate_of(found: Plan, repaired: Repaired, headroom_bits: int, how: str, seconds: float) -> Certificate:
+def certificate_of(
+    name: str, found: Plan, repaired: Repaired, headroom_bits: int, how: str, seconds: float
+) -> Certificate:
     """Write down what was done; the checks are made by others."""
     assert found.solution is not None  # as above
     return Certificate(
-        title=f"FP16 repair of {repaired.exported.model.graph.name or 'a graph'}",
+        title=f"FP16 repair of {name}",
         headroom_bits=headroom_bits,
         scales=repaired.scales,
         constants=repaired.constants,

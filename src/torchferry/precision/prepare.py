@@ -1,4 +1,4 @@
-"""A copy of a graph in the form that scales are solved on: functions inlined, a constant for every use, masks bounded."""
+"""A copy of a graph to solve scales on: functions inlined, a constant for every use, masks bounded."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ _DEFAULTS: dict[str, dict[str, float]] = {
     "Shrink": {"lambd": 0.5, "bias": 0.0},
 }
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_SCALED = (ir.DataType.FLOAT, ir.DataType.FLOAT16)  # before and after
 # What a mask may pass on its way to a softmax.
-_MASK_PATH = frozenset(
-    "Add Sub Where Mul Expand Reshape Unsqueeze Squeeze Transpose Slice Identity Concat Tile Gather GatherND Min Trilu "
-    "ScatterND ScatterElements Cast Softmax Pad ConstantOfShape".split()
+_MASK_PATH = (
+    *("Add", "Sub", "Where", "Mul", "Min", "Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Slice", "Tile"),
+    *("Identity", "Concat", "Gather", "GatherND", "Trilu", "ScatterND", "ScatterElements", "Cast", "Pad", "Softmax"),
 )
 
 
@@ -228,7 +229,7 @@ def mask_path(value: ir.Value) -> set[str] | None:
             if node.op_type == "Softmax":
                 found = True
                 continue
-            new = [output for output in node.outputs if is_float(output) and output.name not in seen]
+            new = [o for o in node.outputs if o.dtype in _SCALED and o.name not in seen]
             seen.update(output.name or "" for output in new)
             pending += new
     return seen if found else None

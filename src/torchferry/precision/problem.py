@@ -31,7 +31,7 @@ OUTPUT = "<output>"
 SATURATING = frozenset(("Sigmoid", "Tanh", "Erf", "Exp", "Softmax"))
 """Operators that are flat beyond 2**15 (softmax and exp on what is never above 0)."""
 
-EdgeKind = Literal["free", "clip", "candidate", "boundary"]
+EdgeKind = Literal["candidate", "clip", "log", "boundary"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class Edge:
     Attributes:
         tensor: What is read.
         reader: The node's name, or ``OUTPUT``.
-        kind: ``candidate``: allowed, at the price of a node; ``clip``: certain, with a clip before it; ``boundary``:
-            an input or output of the graph that stays FP32.
+        kind: ``candidate``: allowed, at the price of a node; ``clip``: certain, with a clip before it; ``log``:
+            allowed, as an addition behind a logarithm, which need not hold the true operand; ``boundary``: an output
+            of the graph that stays FP32.
     """
 
     tensor: str
@@ -172,8 +173,13 @@ class _Builder:
         if not is_flexible(node, self._constants):
             for value in {v for v in node.inputs if v is not None and is_float(v)}:
                 if value.name not in self._constants:
-                    clip = node.op_type in SATURATING and self._limits[value.name or ""].leaves_range
-                    self.problem.edges.append(Edge(value.name or "", name, "clip" if clip else "candidate"))
+                    self.problem.edges.append(Edge(value.name or "", name, self._kind(node, value.name or "")))
+
+    def _kind(self, node: ir.Node, tensor: str) -> EdgeKind:
+        if node.op_type == "Log":
+            return "log"
+        leaves_range = tensor in self._limits and self._limits[tensor].leaves_range
+        return "clip" if node.op_type in SATURATING and leaves_range else "candidate"
 
     def _refused(self, node: ir.Node) -> list[str]:
         """Return the operands that ONNX does not allow to be FP16; constants among them are kept as they are."""

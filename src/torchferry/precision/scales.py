@@ -1,8 +1,8 @@
 """Solving the scales: a small integer program, fewest FP32 nodes first, then fewest multiplications, then most room.
 
-Three attempts, each with more freedom: weights alone; multiplications by powers of two at the problem's edges; single
-nodes in FP32. Within the first that has a solution, the number of additions is brought to its least, and then, with
-the additions settled, headroom and the share of subnormal numbers are improved.
+Attempts, each with more freedom: weights alone; multiplications by powers of two at the problem's edges; both again
+where divisors may lose bits; single nodes in FP32. Within the first that has a solution, the number of additions is
+brought to its least, and then, with the additions settled, headroom and the share of subnormal numbers are improved.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torchferry.core.errors import ExportError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
+    from torchferry.precision.limits import Limits
     from torchferry.precision.problem import Edge, Problem, Row, Unknown
 
 REACH = 40
 """Scales lie between ``2**-REACH`` and ``2**REACH``."""
 FACTOR_BITS = (-24, 15)
 """FP16 holds these powers of two, so one multiplication can shift a tensor by as much."""
-_COST = {"clip": 2.0, "candidate": 1.0, "boundary": 0.0, "free": 0.0}
+_OPTIONAL = ("candidate", "log")
 _ISLAND = 1000.0
 _HEADROOM, _FLOOR, _AWAY = 1.0, 0.25, 0.01
 _SECONDS = 20.0
@@ -51,6 +52,15 @@ class Solution:
     is_optimal: bool = True
 
 
+_ATTEMPTS = (  # edges, islands, precise divisors
+    (False, False, True),
+    (True, False, True),
+    (False, False, False),
+    (True, False, False),
+    (True, True, False),
+)
+
+
 def solve(problem: Problem, *, weights_only: bool = False) -> Solution | None:
     """Solve for scales.
 
@@ -64,28 +74,30 @@ def solve(problem: Problem, *, weights_only: bool = False) -> Solution | None:
     Raises:
         ExportError: If the solver fails even where every node may stay FP32.
     """
-    for edges, islands in ((False, False), (True, False), (True, True)):
+    for edges, islands, precise in _ATTEMPTS:
         if weights_only and edges:
-            return None
-        program = _Program(problem, use_edges=edges, use_islands=islands)
+            continue
+        program = _Program(problem, use_edges=edges, use_islands=islands, precise=precise)
         if program.is_contradiction:
             continue
         chosen = program.fewest_additions()
         if chosen is not None:
             return program.improved(chosen)
+    if weights_only:
+        return None
     raise ExportError("no power-of-two scales were found for the graph", hint="raise the time limit of the solver")
 
 
 class _Program:
     """One attempt as an integer program, equal unknowns merged beforehand."""
 
-    def __init__(self, problem: Problem, *, use_edges: bool, use_islands: bool) -> None:
+    def __init__(self, problem: Problem, *, use_edges: bool, use_islands: bool, precise: bool) -> None:
         self.problem = problem
-        self.edges = [e for e in problem.edges if e.kind != "candidate" or use_edges]
+        self.edges = [e for e in problem.edges if e.kind not in _OPTIONAL or use_edges]
         self.owners = [o for o in problem.owners if o not in problem.islands] if use_islands else []
         self._parent: dict[Unknown, Unknown] = {}
         self._merge(use_edges)
-        self._collect_limits()
+        self._collect_limits(precise)
         self._columns: dict[Any, int] = {}
         self._lower: list[float] = []
         self._upper: list[float] = []
@@ -116,7 +128,7 @@ class _Program:
     def _merge(self, use_edges: bool) -> None:
         if not use_edges:
             for edge in self.problem.edges:
-                if edge.kind == "candidate":
+                if edge.kind in _OPTIONAL:
                     self._join(edge.unknown, ("t", edge.tensor))
         relaxed = set(self.owners)
         for row in self._active_rows():
@@ -126,13 +138,13 @@ class _Program:
     def _active_rows(self) -> Iterable[Row]:
         return (row for row in self.problem.rows if row.owner not in self.problem.islands)
 
-    def _collect_limits(self) -> None:
+    def _collect_limits(self, precise: bool) -> None:
         """Bring the bounds of merged tensors together; the soft ones keep how many tensors ask for each."""
         self.least: dict[Unknown, int] = {}
         self.most: dict[Unknown, int] = {}
         self.wanted: dict[Unknown, dict[int, int]] = defaultdict(lambda: defaultdict(int))
         self.floor: dict[Unknown, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-        named = [(("t", name), limits) for name, limits in self.problem.limits.items()]
+        named: list[tuple[Unknown, Limits]] = [(("t", name), limits) for name, limits in self.problem.limits.items()]
         named += [
             (edge.unknown, self.problem.limits[edge.tensor])
             for edge in self.edges
@@ -144,8 +156,9 @@ class _Program:
             root = self.root(unknown)
             if limits.least is not None:
                 self.least[root] = max(limits.least, self.least.get(root, -REACH))
-            if limits.most is not None:
-                self.most[root] = min(limits.most, self.most.get(root, REACH))
+            most = limits.precise if precise else limits.most
+            if most is not None:
+                self.most[root] = min(most, self.most.get(root, REACH))
             if limits.wanted is not None:
                 self.wanted[root][limits.wanted] += 1
             if limits.floor is not None:
@@ -205,7 +218,7 @@ class _Program:
         before, after = self._scale(("t", edge.tensor)), self._scale(edge.unknown)
         if edge.kind == "boundary" or before == after:
             return
-        low, high = FACTOR_BITS
+        low, high = FACTOR_BITS if edge.kind != "log" else (-REACH, REACH)
         if edge.kind == "clip":
             self._rows.append(({before: 1, after: -1}, low, high))
             return
@@ -218,7 +231,7 @@ class _Program:
         cost = np.zeros(len(self._lower))
         for key, column in self._columns.items():
             if key[0] == "edge":
-                cost[column] = _COST[key[1].kind]
+                cost[column] = 1.0
             elif key[0] == "island":
                 cost[column] = _ISLAND
         found = self._solve(cost)
@@ -289,4 +302,36 @@ class _Program:
             for edge in self.problem.edges
             if scales.get(edge.tensor, 0) != scale(edge.unknown) and edge.reader not in islands
         }
-        return Solution(scales, shifts, islands, {}, self.is_optimal)
+        return Solution(scales, shifts, islands, self._binding(shifts, islands), self.is_optimal)
+
+    def _binding(self, shifts: Mapping[tuple[str, str], int], islands: Mapping[str, str]) -> dict[str, str]:
+        """Say of each addition which requirements meet there."""
+        members: dict[Unknown, list[str]] = defaultdict(list)
+        for name in self.problem.limits:
+            members[self.root(("t", name))].append(name)
+
+        def demand(unknown: Unknown) -> str:
+            root = self.root(unknown)
+            column = self._columns.get(root)
+            if column is not None and self._lower[column] == self._upper[column] == 0:
+                return f"{self._who_fixes(root)} needs k = 0"
+            limits = self.problem.limits
+            least = [(bound, name) for name in members[root] if (bound := limits[name].least) is not None]
+            most = [(bound, name) for name in members[root] if (bound := limits[name].precise) is not None]
+            words = [f"'{max(least)[1]}' needs k >= {max(least)[0]}"] if least else []
+            words += [f"'{min(most)[1]}' needs k <= {min(most)[0]}"] if most else []
+            return " and ".join(words) or f"'{unknown[1]}' has no bound"
+
+        binding = {
+            f"{tensor} -> {reader}": f"{demand(('t', tensor))}; {demand(('use', tensor, reader))}"
+            for tensor, reader in shifts
+        }
+        for owner in islands.keys() - self.problem.islands.keys():
+            unknowns = {u for row in self.problem.rows if row.owner == owner for u in row.terms if u[0] in ("t", "use")}
+            binding[owner] = "; ".join(sorted({demand(unknown) for unknown in unknowns}))
+        return binding
+
+    def _who_fixes(self, root: Unknown) -> str:
+        rows = (row for row in self.problem.rows if len(row.terms) == 1)
+        owners = [row.owner for row in rows if self.root(next(iter(row.terms))) == root]
+        return f"'{owners[0]}'" if owners else "the graph"

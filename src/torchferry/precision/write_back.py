@@ -1,4 +1,4 @@
-"""Repairing a module by its weights: scales that parameters, buffers and a norm's eps can bring about, written into them."""
+"""Repairing a module by its weights: scales written into parameters, buffers and the eps of norms."""
 
 from __future__ import annotations
 
@@ -91,8 +91,11 @@ def fix_module(model: torch.nn.Module, calibration: Any, headroom_bits: int = 2)
     repaired = repair(captured.exported, found)
     fixed = copy.deepcopy(model)
     write_scales(fixed, captured.parameters, epsilons, found)
-    certificate = certificate_of(found, repaired, headroom_bits, how, time.perf_counter() - started)
+    certificate = certificate_of(
+        type(model).__name__, found, repaired, headroom_bits, how, time.perf_counter() - started
+    )
     _require_same(model, fixed, calls)
+    keep_epsilons_above_zero(fixed, epsilons)
     evidence = Evidence(captured.exported, repaired.exported, solved_on, held_out)
     return fixed, with_checks(certificate, evidence)
 
@@ -142,8 +145,8 @@ def find_epsilons(graph: ir.Graph, model: torch.nn.Module) -> list[Epsilon]:
             own = node.attributes.get("epsilon")
             if own is not None and math.isclose(own.as_float(), value, rel_tol=_SAME):
                 found.append(Epsilon(path, name, value, node=node.name or ""))
-            for operand in node.inputs:
-                array = constant(operand) if is_float(operand) and operand.is_initializer() else None
+            for operand in [v for v in node.inputs if v is not None and v.is_initializer() and is_float(v)]:
+                array = constant(operand)
                 if array is not None and array.size == 1 and math.isclose(array.item(), value, rel_tol=_SAME):
                     found.append(Epsilon(path, name, value, constant=operand.name or ""))
     return found
@@ -152,7 +155,8 @@ def find_epsilons(graph: ir.Graph, model: torch.nn.Module) -> list[Epsilon]:
 def module_limits(prepared: Prepared, captured: Captured, epsilons: list[Epsilon]) -> ModuleLimits:
     """Return what only a graph could absorb: constants and attributes that are no parameter and no module's eps."""
     graph = prepared.model.graph
-    free = captured.parameters | {each.constant for each in epsilons}
+    zeros = {name for name, value in graph.initializers.items() if is_float(value) and not constant(value).any()}
+    free = captured.parameters | zeros | {each.constant for each in epsilons}  # nothing shifted is nothing
     by_place: dict[tuple[str, str], list[Epsilon]] = {}
     for each in epsilons:
         by_place.setdefault((each.module, each.attribute), []).append(each)
@@ -178,7 +182,15 @@ def write_scales(model: torch.nn.Module, parameters: frozenset[str], epsilons: l
     for each in epsilons:
         k = scales.get(each.constant, 0) if each.constant else _attribute_scale(found, each.node)
         if k:
-            setattr(model.get_submodule(each.module), each.attribute, max(each.value * 2.0**-k, SMALLEST))
+            setattr(model.get_submodule(each.module), each.attribute, each.value * 2.0**-k)
+
+
+def keep_epsilons_above_zero(model: torch.nn.Module, epsilons: list[Epsilon]) -> None:
+    """Raise an eps that a module's own code adds, and FP16 would hold as 0; a norm of torch's adds its own in FP32."""
+    for each in epsilons:
+        module = model.get_submodule(each.module)
+        if each.constant and 0 < getattr(module, each.attribute) < SMALLEST:
+            setattr(module, each.attribute, SMALLEST)
 
 
 def _attribute_scale(found: Plan, name: str) -> int:
@@ -202,7 +214,7 @@ def _require_same(model: torch.nn.Module, fixed: torch.nn.Module, calls: list[Ca
                     raise ModelError(
                         "the repaired module does not give the same outputs: it uses its parameters in a way that its "
                         "graph does not show",
-                        hint="repair the exported graph instead: ferry.fp16.fix(ferry.export(model, args), calibration)",
+                        hint="repair the exported graph: ferry.fp16.fix(ferry.export(model, args), calibration)",
                     )
 
 
@@ -218,7 +230,7 @@ def _needs_nodes(captured: Captured, found: Plan) -> ModelError:
     return ModelError(
         f"weights alone cannot bring this module into FP16's range; it needs {len(places)} additions: "
         + "; ".join(places[:4])
-        + ("; …" if len(places) > 4 else ""),  # noqa: PLR2004 - as many as are shown
+        + ("; …" if len(places) > 4 else ""),
         where=", ".join(modules) or None,
         hint="repair the exported graph: ferry.fp16.fix(ferry.export(model, args), calibration)",
     )

@@ -116,7 +116,8 @@ def build_model(config: ModelConfig, post_processing: Mapping[str, Any] | None =
     """
     registry = _registry(config.library)
     described = _without_downloads(config.values["model"])
-    described["test_cfg"] = _test_cfg(described.get("test_cfg"), post_processing or {})
+    if "test_cfg" in described or post_processing:  # mmocr's detectors do not take one
+        described["test_cfg"] = _test_cfg(described.get("test_cfg"), post_processing or {})
     with quiet(), torch.random.fork_rng(devices=[]), in_scope(config.library):
         torch.manual_seed(SEED)
         try:

@@ -1,0 +1,5 @@
+"""ncnn on the CPU."""
+
+from torchferry.backends.ncnn.compile import Ncnn
+
+BACKEND = Ncnn()

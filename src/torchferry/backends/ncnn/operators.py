@@ -1,0 +1,94 @@
+"""Which graphs pnnx and ncnn take, as far as that can be told before they are asked."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torchferry.core.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from torchferry.core.signature import Signature
+
+# Those whose numbers were seen to be right, each in a graph of its own, besides what is folded into constants. Not all
+# of their attributes are taken, and pnnx says so then. Left out because they were seen to be wrong: LRN, SpaceToDepth.
+OPERATORS = frozenset((
+    "Abs", "Acos", "Acosh", "Add", "Asin", "Asinh", "Atan", "Atanh", "AveragePool", "BatchNormalization", "Ceil",
+    "Celu", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "ConvTranspose", "Cos", "Cosh", "DepthToSpace",
+    "Div", "Dropout", "Einsum", "Elu", "Erf", "Exp", "Expand", "Flatten", "Floor", "Gather", "Gelu", "Gemm",
+    "GlobalAveragePool", "GlobalMaxPool", "GridSample", "GroupNormalization", "HardSigmoid", "HardSwish",
+    "Identity", "InstanceNormalization", "LayerNormalization", "LeakyRelu", "Log", "LogSoftmax", "MatMul", "Max",
+    "MaxPool", "Min", "Mish", "Mod", "Mul", "Neg", "PRelu", "Pad", "Pow", "RMSNormalization", "Reciprocal",
+    "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceMean", "ReduceProd", "ReduceSum", "Relu", "Reshape", "Resize",
+    "Round", "Selu", "Shape", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Slice", "Softmax", "Softplus", "Split",
+    "Sqrt", "Squeeze", "Sub", "Sum", "Tan", "Tanh", "Transpose", "Unsqueeze",
+))  # fmt: skip
+MOST_AXES = 4  # besides the batch
+_WAYS_OUT = "rewrite it in other operators, leave it out with `torchferry partition`, or use another backend"
+
+
+def check_operators(model: ir.Model) -> None:
+    """Check that ncnn has every operator of a graph without local functions.
+
+    Raises:
+        UnsupportedError: If it lacks one; names the first node, its module and line, and the other operators.
+    """
+    lacking = [node for graph in model.graphs() for node in graph if node.domain or node.op_type not in OPERATORS]
+    if lacking:
+        others = sorted({_name(node) for node in lacking} - {_name(lacking[0])})
+        also = f" (nor {', '.join(others)})" if others else ""
+        raise refusal(lacking[0], f"ncnn has no operator {_name(lacking[0])}{also}", hint=_WAYS_OUT)
+
+
+def check_tensors(signature: Signature) -> None:
+    """Check that ncnn takes the inputs and outputs.
+
+    Raises:
+        UnsupportedError: If one is not float32, or has a size or rank without a name.
+    """
+    for spec in (*signature.inputs, *signature.outputs):
+        if spec.dtype != "float32":
+            raise UnsupportedError(
+                f"ncnn takes and gives float32 alone, '{spec.name}' is {spec.dtype}",
+                hint="convert it inside the model, or use another backend",
+            )
+    for spec in signature.inputs:
+        if not spec.shape or None in spec.shape:
+            raise UnsupportedError(
+                f"ncnn wants inputs of one axis at least, each fixed or with a name, got {spec}",
+                hint="name its axes, or use another backend",
+            )
+
+
+def refusal(node: ir.Node, message: str, hint: str) -> UnsupportedError:
+    """Word what is wrong with a node, with its name, module path and line."""
+    from torchferry.graph.provenance import provenance
+
+    known = provenance(node)
+    module = f" in module '{known.module}'" if known.module else ""
+    label = f" ('{node.name}'{module})" if node.name else module
+    return UnsupportedError(message + label, where=known.source or None, hint=hint)
+
+
+def nodes_like(model: ir.Model, layer: str) -> list[ir.Node]:
+    """Return the nodes that a layer may have come from, by pnnx's word for it, such as ``torch.tile``."""
+    word = layer.rpartition(".")[2].replace("_", "").lower()
+    return [node for graph in model.graphs() for node in graph if node.op_type.lower() == word]
+
+
+def first_with_many_axes(model: ir.Model) -> ir.Node | None:
+    """Return the first node that gives more axes than ncnn has, of which one may yet be the batch."""
+    return next(
+        (
+            node
+            for graph in model.graphs()
+            for node in graph
+            if any(len(value.shape or ()) > MOST_AXES for value in node.outputs)
+        ),
+        None,
+    )
+
+
+def _name(node: ir.Node) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type

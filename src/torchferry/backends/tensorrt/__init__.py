@@ -1,0 +1,1 @@
+"""TensorRT in its two flavours, each of which is a backend: ``full`` and ``rtx``."""
