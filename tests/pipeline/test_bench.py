@@ -238,6 +238,9 @@ def test_made_inputs(onnx_file):
     again = made_inputs(signature, {}, {"n": 5})
     assert all((made[name] == again[name]).all() for name in made)
     assert set(made["ids"]) <= {0, 1}
+    words = ferry.Signature((ferry.core.signature.TensorSpec("words", "string", (2,)),), ())
+    with pytest.raises(ConfigError, match="no input can be made for 'words: string"):
+        made_inputs(words, {}, {})
     given = np.ones((7, 3, 14), np.float16)
     seen = made_inputs(signature, {"x": given}, {})
     assert seen["x"] is given

@@ -84,7 +84,7 @@ SAMPLES |= {
     "GroupNormalization": [
         f"({X}, float[2] w, float[2] b) => y = GroupNormalization <epsilon=0.01, num_groups=2> (x, w, b)"],
     "BatchNormalization": [
-        f"({X}, float[4] w, float[4] b, float[4] m, float[4] v) => y = BatchNormalization <epsilon=0.1>(x, w, b, m, v)"],
+        f"({X}, float[4] w, float[4] b, float[4] m, float[4] v) => y = BatchNormalization<epsilon=0.1>(x, w, b, m, v)"],
     "Cast": [f"({X}) => y = Cast <to=1> (x)", f"({X}) => y = Cast <to=7> (x)", f"({X}) => y = Cast <to=9> (x)",
              "(int64[3] x={1,2,3}) => y = Cast <to=1> (x)"],
     "HardSigmoid": [f"({X}) => y = HardSigmoid <alpha=0.3, beta=0.4> (x)", f"({X}) => y = HardSigmoid (x)"],

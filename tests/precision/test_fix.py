@@ -1,6 +1,7 @@
 """Repairing graphs and modules: nothing overflows up to four times the input, and little is added."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -198,7 +199,7 @@ def test_a_graph_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("factory", [Residual, lambda: Residual(300).train()], ids=["eval", "training"])
-def test_half_of_a_repaired_module_is_right(factory: Any) -> None:
+def test_half_of_a_repaired_module_is_right(factory: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = factory()
     was_training = model.training
@@ -220,6 +221,9 @@ def test_half_of_a_repaired_module_is_right(factory: Any) -> None:
         assert not copy.deepcopy(model).half()(x.half()).isfinite().all()
         got = copy.deepcopy(fixed).half()(x.half()).float()
         torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-2 * float(want.abs().max()))
+    model.half()  # the evidence is its own
+    certificate.save(tmp_path / "proof")
+    assert ferry.fp16.certify(tmp_path / "proof").passed
 
 
 @pytest.mark.parametrize("name", ["stack", "groups"])
@@ -231,6 +235,23 @@ def test_half_of_a_module_with_norms_is_right(name: str) -> None:
     half = tuple(t.half() if t.is_floating_point() else t for t in data[-1])
     got = copy.deepcopy(fixed).half()(*half).float()
     torch.testing.assert_close(got, want, rtol=5e-2, atol=2e-2 * float(want.abs().max()))
+
+
+def test_convolutions_without_bias_and_means_are_repaired_by_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+    ).eval()
+    model[1].weight.data.fill_(1e5)
+    model[3].running_mean.fill_(1e5)
+    model[3].running_var.fill_(1e10)  # no FP16 number
+    _, certificate = ferry.fp16.fix(model, calls(1, 3, 8, 8))
+    assert certificate.passed, str(certificate)
+    assert certificate.weights_only
 
 
 def test_tied_weights_stay_tied() -> None:
@@ -297,6 +318,17 @@ def test_masks_are_bounded_and_listed() -> None:
     model, data = build("masked")
     _, certificate = ferry.fp16.fix(ferry.export(model, data[0]), data)
     assert any("mask" in line for line in certificate.exceptions())
+
+
+def test_a_mask_of_zeros_and_ones_is_not_enlarged() -> None:
+    class Hidden(nn.Module):
+        def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+            return torch.softmax(x @ x.transpose(-1, -2) + (1 - keep) * -1e9, -1) @ x
+
+    data = [(x, torch.ones(6, 6).tril()) for (x,) in calls(1, 6, 8)]
+    _, certificate = ferry.fp16.fix(ferry.export(Hidden(), data[0]), data)
+    assert certificate.passed, str(certificate)
+    assert certificate.weights_only
 
 
 def test_gates_out_of_range_are_clipped_where_they_are_flat_and_listed() -> None:

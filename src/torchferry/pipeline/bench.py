@@ -123,7 +123,10 @@ def made_inputs(signature: Signature, given: Mapping[str, Array], sizes: Mapping
             free = [name for name in signature.dims if name not in sizes]
             hint = f"--size {','.join(f'{name}=…' for name in free)}, or --input" if free else f"--input {spec.name}=…"
             raise ConfigError(f"the sizes of '{spec}' are not known, so no input can be made", hint=hint)
-        dtype = np.dtype(spec.dtype)
+        try:
+            dtype = np.dtype(spec.dtype)
+        except TypeError as exc:
+            raise ConfigError(f"no input can be made for '{spec}'", hint=f"--input {spec.name}=…") from exc
         drawn = rng.random(shape) if dtype.kind == "f" else rng.integers(0, 2, shape)  # type: ignore[arg-type]
         arrays[spec.name] = np.asarray(drawn).astype(dtype)
     return arrays

@@ -12,7 +12,7 @@ import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -21,13 +21,14 @@ from torchferry.pipeline.bench_report import BenchRow, Measured
 from torchferry.pipeline.steps import Steps
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
     from torchferry.core.engine import Array
     from torchferry.pipeline.steps import Watcher
 
+_T = TypeVar("_T")
 WORKER = ("-m", "torchferry.pipeline.bench_worker")
 _ROUND_SECONDS = 0.1  # long against the clock's noise, short against what else happens on a machine
 _MOST_RUNS = 1000
@@ -194,11 +195,11 @@ def measure(contenders: Sequence[Contender], plan: Plan, watcher: Watcher | None
     ):
         workers: dict[int, _Worker] = {}
 
-        def each(places: list[int], do: str, *arguments: Any) -> dict[int, Any]:
+        def each(places: list[int], do: Callable[[_Worker], _T]) -> dict[int, _T]:
             done = {}
             for place in places:
                 try:
-                    done[place] = getattr(workers[place], do)(*arguments)
+                    done[place] = do(workers[place])
                 except _FailedError as exc:
                     failed[place] = str(exc)
             return done
@@ -210,13 +211,14 @@ def measure(contenders: Sequence[Contender], plan: Plan, watcher: Watcher | None
             scratch.mkdir()
             with steps.step(f"open {contender.name}"):
                 workers[place] = stack.enter_context(_Worker(contender, plan.threads, scratch))
-                each([place], "start", plan)
+                each([place], lambda worker: worker.start(plan))
         with steps.step("measure"):
             for turn in range(plan.rounds):
                 alive = [place for place in workers if place not in failed]
                 shift = turn % max(1, len(alive))
-                each(alive[shift:] + alive[:shift], "play")
-            measured = each([place for place in workers if place not in failed], "finish", plan)
+                each(alive[shift:] + alive[:shift], _Worker.play)
+            alive = [place for place in workers if place not in failed]
+            measured = each(alive, lambda worker: worker.finish(plan))
         outputs = {place: workers[place].outputs for place in measured}
         return tuple(
             BenchRow(

@@ -22,6 +22,7 @@ from torchferry.precision.certificate import (
 from torchferry.precision.emulate import Emulation
 from torchferry.precision.emulate_report import Errors
 from torchferry.precision.instrument import instrument
+from torchferry.precision.prepare import MASK_FROM
 from torchferry.precision.rounding import FP16_MAX
 from torchferry.precision.running import Runner
 
@@ -125,7 +126,7 @@ def check_bounds(certificate: Certificate, evidence: Evidence) -> Check:
         f"at most {largest:.6g} ('{name}', {bits:.1f} bits of room), and {most:.6g} at {factor:g} times the input; "
         f"sums in the worst order stay below 65504 on the data, {beyond} may pass it at {factor:g} times",
         _data(evidence.calibration, "calibration"),
-        f"inputs that are larger than {factor:g} times these, or of another kind",
+        f"inputs that are larger than {factor:g} times these, or of another kind; masks were left as they are",
         tuple((problems + sums)[:_SHOWN]),
     )
 
@@ -175,8 +176,15 @@ def _float32(feeds: Feeds) -> dict[str, Any]:
 
 
 def enlarged(feeds: Feeds, factor: float) -> dict[str, Any]:
-    """Multiply what is float among a call's arrays."""
-    return {name: array * np.float32(factor) if array.dtype.kind == "f" else array for name, array in feeds.items()}
+    """Multiply what is float among a call's arrays, but for masks: zeros and ones, or what hides scores."""
+    return {
+        name: array if array.dtype.kind != "f" or _is_mask(array) else array * np.float32(factor)
+        for name, array in feeds.items()
+    }
+
+
+def _is_mask(array: Any) -> bool:
+    return bool(np.isin(array, (0, 1)).all() or (array <= MASK_FROM).any())
 
 
 def _data(calls: Sequence[Feeds], kind: str) -> str:

@@ -10,8 +10,9 @@ if TYPE_CHECKING:
     from torchferry.precision.ranges import Range
 
 FP16_MAX = 65504.0
-ROOM = 0.75
-"""The part of FP16's range that a tensor may fill at the largest input; other data may go a third higher."""
+OTHER_DATA = 1.5
+"""How much larger inputs may be besides the headroom: what was not measured is not quite what was."""
+_HIGHEST_DEGREE = 6
 _SMALLEST_NORMAL = -14  # log2; below it FP16 loses bits
 _SMALLEST = -24  # log2 of the smallest number above 0
 _PRECISE = -16  # log2; a divisor keeps eight bits there
@@ -52,10 +53,12 @@ def limits(measured: Range, enlarged: Range, headroom_bits: int) -> Limits:
         headroom_bits: How many bits to keep free.
     """
     room = 2.0**headroom_bits
-    largest = max(measured.largest * room, _finite(enlarged.largest))
+    degree = _degree(measured.largest, enlarged.largest, headroom_bits)
+    largest = measured.largest * max(room, room**degree) * OTHER_DATA**degree
     summed = max(measured.any_order * room, _finite(enlarged.any_order))
-    least = max(_shift(largest, ROOM * FP16_MAX), _shift(_finite(measured.any_order), FP16_MAX))
-    wanted = max(least, _shift(summed, FP16_MAX))
+    least = max(_shift(largest, FP16_MAX), _shift(_finite(measured.any_order), FP16_MAX))
+    least = min(least, _FARTHEST)
+    wanted = min(max(least, _shift(summed, FP16_MAX)), _FARTHEST)
     most = _room_below(measured.smallest, _SMALLEST + 1)
     precise = _room_below(measured.smallest, _PRECISE)
     floors = [_room_below(measured.typical, _TYPICAL_FLOOR), _room_below(measured.smallest, _SMALLEST_NORMAL)]
@@ -73,6 +76,16 @@ def constant_limits(measured: Range) -> Limits:
 
 
 _NOTHING = -1000
+_FARTHEST = 56  # what grows beyond this within the headroom, an exponential, no scale holds; the certificate tells
+
+
+def _degree(value: float, enlarged: float, headroom_bits: int) -> float:
+    """Return d if a tensor grows with the d-th power of the input; nothing that fits grows faster than the sixth."""
+    if not headroom_bits or not value > 0:
+        return 1.0
+    if not math.isfinite(enlarged):
+        return _HIGHEST_DEGREE
+    return min(max(math.log2(max(enlarged, value) / value) / headroom_bits, 0.0), _HIGHEST_DEGREE)
 
 
 def _finite(value: float) -> float:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchferry.precision.limits import Limits
     from torchferry.precision.problem import Edge, Problem, Row, Unknown
 
-REACH = 40
+REACH = 64
 """Scales lie between ``2**-REACH`` and ``2**REACH``."""
 FACTOR_BITS = (-24, 15)
 """FP16 holds these powers of two, so one multiplication can shift a tensor by as much."""

@@ -77,8 +77,9 @@ def fix_module(model: torch.nn.Module, calibration: Any, headroom_bits: int = 2)
     calls = as_calls(calibration)
     if not calls:
         raise ModelError("fix needs data to solve the scales on", hint="give one tuple of tensors, or several")
-    source = Source(model, *calls[0])
-    with evaluation_mode(model):
+    # The graph shares its constants with the module, and the user may go on with theirs, by half() for one.
+    source = Source(copy.deepcopy(model), *calls[0])
+    with evaluation_mode(source.model):
         captured = capture_plainly(source)
     data = [{k: to_numpy(v) for k, v in source.names.tensors(call).items()} for call in calls]
     solved_on, held_out, how = split_data(data)
@@ -92,7 +93,12 @@ def fix_module(model: torch.nn.Module, calibration: Any, headroom_bits: int = 2)
     fixed = copy.deepcopy(model)
     write_scales(fixed, captured.parameters, epsilons, found)
     certificate = certificate_of(
-        type(model).__name__, found, repaired, headroom_bits, how, time.perf_counter() - started
+        captured.exported.model.graph.name or "a module",
+        found,
+        repaired,
+        headroom_bits,
+        how,
+        time.perf_counter() - started,
     )
     _require_same(model, fixed, calls)
     keep_epsilons_above_zero(fixed, epsilons)

@@ -10,7 +10,8 @@ from torchferry.core.report import Finding
 
 Status = Literal["applies", "applied", "left", "declined", "unused", "unknown"]
 
-_RULES = ("torchferry.rewrite.rules.", "torchferry.codebases.")
+_CODEBASES = "torchferry.codebases."
+_RULES = ("torchferry.rewrite.rules.", _CODEBASES)
 _MEANING = {
     "rewrite-differs": "if that is meant, register it with changes_outputs=True",
     "rewrite-structure": "return what the original returns, or register it with changes_outputs=True",
@@ -64,6 +65,11 @@ class RewriteRow:
     def is_idle_rule(self) -> bool:
         """A rule of our own that had nothing to do: they stand ready for every model, so that is no news."""
         return self.status in ("unused", "left") and self.replacement.startswith(_RULES)
+
+    @property
+    def is_of_another_codebase(self) -> bool:
+        """A rewriter for models of a codebase that this model is not of; such are registered by using the codebase."""
+        return self.status in ("unused", "unknown", "declined") and self.replacement.startswith(_CODEBASES)
 
     def __str__(self) -> str:
         text = f"{self.status:8} {self.name} -> {self.replacement} ({self.file})"

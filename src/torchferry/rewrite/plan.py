@@ -95,7 +95,8 @@ class Plan:
     def log(self, tallies: Mapping[Record, Tally] | None = None) -> RewriteLog:
         """Return what became of every record; without tallies, what would apply."""
         choices: tuple[Choice[Any], ...] = (self.functions, self.modules, self.symbolics)
-        return RewriteLog(tuple(row for choice in choices for row in choice.rows(tallies)), self.troubles)
+        rows = (row for choice in choices for row in choice.rows(tallies))
+        return RewriteLog(tuple(row for row in rows if not row.is_of_another_codebase), self.troubles)
 
 
 def make_plan(

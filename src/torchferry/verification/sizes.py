@@ -36,7 +36,7 @@ from torchferry.verification.isolation import run_isolated
 
 _DIFFERS_HINT = "the exporter translated something wrongly; take the suspect operation out and export again"
 _SPECIAL = (0, 1)
-_CAUTION = re.compile(r"!= [01]$")
+_CAUTION = re.compile(r"(!= [01]|> [01]|>= [12])$")
 _SMALL = 16  # the largest size at which a relation of torch's own is looked at
 _MAX_TRIES = 256  # combinations of sizes looked through for one that the relations allow
 
@@ -134,6 +134,8 @@ def _is_settled(
     relation: Relation, signature: Signature, base: Mapping[str, int], differs: Callable[[Mapping[str, int]], str]
 ) -> bool:
     """Tell whether a relation is torch's own caution about a computed size of 0 or 1, and the graph is right there.
+
+    A condition of the model itself may read the same; there the graph is wrong, and the relation stays.
 
     Two of the sizes that the relation refuses, and nothing else does, are run: the smallest and the largest found.
     """

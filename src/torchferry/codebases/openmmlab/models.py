@@ -129,7 +129,15 @@ def build_model(config: ModelConfig, post_processing: Mapping[str, Any] | None =
             ) from exc
         # In eval mode the same, and batch statistics can be taken on one machine.
         plain: torch.nn.Module = mmengine("mmengine.model").revert_sync_batchnorm(model)
+    _complete(plain)
     return plain.eval()
+
+
+def _complete(model: torch.nn.Module) -> None:
+    """Give a head that lacks it the attribute that its own predict reads: mmdet 3.3's SSDHead has no ``loss_cls``."""
+    head = getattr(model, "bbox_head", None)
+    if isinstance(head, torch.nn.Module) and type(head).__name__ == "SSDHead" and not hasattr(head, "loss_cls"):
+        head.loss_cls = None
 
 
 def in_scope(name: str) -> Any:
