@@ -106,7 +106,7 @@ def test_names_the_module_and_the_line(net, tmp_path, value, module, operator):
     assert json.loads(found.to_json())["module"] == module
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_finds_whichever_operator_is_wrong(net, tmp_path_factory, data):
     names = [f"{name}_{i}" for name in ("relu", "add") for i in range(1, 4)]

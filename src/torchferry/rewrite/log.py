@@ -68,8 +68,12 @@ class RewriteRow:
 
     @property
     def is_of_another_codebase(self) -> bool:
-        """A rewriter for models of a codebase that this model is not of; such are registered by using the codebase."""
-        return self.status in ("unused", "unknown", "declined") and self.replacement.startswith(_CODEBASES)
+        """A rewriter for models of a codebase that this model is not of; such are registered by using the codebase.
+
+        A symbolic function of its own operators applies to nothing else, so that it says nothing before it acted.
+        """
+        idle = ("unused", "unknown", "declined", *(("applies",) if self.kind == "symbolic" else ()))
+        return self.status in idle and self.replacement.startswith(_CODEBASES)
 
     def __str__(self) -> str:
         text = f"{self.status:8} {self.name} -> {self.replacement} ({self.file})"

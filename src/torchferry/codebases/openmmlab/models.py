@@ -137,7 +137,7 @@ def _complete(model: torch.nn.Module) -> None:
     """Give a head that lacks it the attribute that its own predict reads: mmdet 3.3's SSDHead has no ``loss_cls``."""
     head = getattr(model, "bbox_head", None)
     if isinstance(head, torch.nn.Module) and type(head).__name__ == "SSDHead" and not hasattr(head, "loss_cls"):
-        head.loss_cls = None
+        vars(head)["loss_cls"] = None
 
 
 def in_scope(name: str) -> Any:
