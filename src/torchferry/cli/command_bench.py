@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torchferry.cli.model_flags import add_weights_flags
 from torchferry.cli.outputs import check_output_file
 from torchferry.core.errors import ConfigError
 from torchferry.core.target import DEFAULT_BACKEND, Target
@@ -42,9 +43,7 @@ def add(commands: Any) -> None:
         help="sizes of dynamic dimensions for random inputs, such as batch=1,height=224; repeatable",
     )
     model = parser.add_argument_group("PyTorch, to compare with")
-    model.add_argument("--model", metavar="REF", help="module:factory or file.py:factory")
-    model.add_argument("--checkpoint", metavar="FILE", help="safetensors, or what torch.save wrote")
-    model.add_argument("--unsafe-checkpoint", action="store_true", help="let a pickled checkpoint run its code")
+    add_weights_flags(model)
     model.add_argument(
         "--torch", metavar="MODE,…", default="eager,compile", help="eager, compile or both; default: both"
     )

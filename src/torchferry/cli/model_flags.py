@@ -17,9 +17,7 @@ def add_model_flags(parser: argparse.ArgumentParser, config: str = "CONFIG") -> 
     """Add the flags of everything that starts from a PyTorch model, and say what the first argument may be."""
     parser.add_argument("config", nargs="?", metavar=config, help="a deploy.toml; flags override it")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="REF", help="module:factory or file.py:factory")
-    model.add_argument("--checkpoint", metavar="FILE", help="safetensors, or what torch.save wrote")
-    model.add_argument("--unsafe-checkpoint", action="store_true", help="let a pickled checkpoint run its code")
+    add_weights_flags(model)
     model.add_argument(
         "--input",
         action="append",
@@ -41,6 +39,13 @@ def add_model_flags(parser: argparse.ArgumentParser, config: str = "CONFIG") -> 
     parser.add_argument(
         "--set", action="append", metavar="KEY=VALUE", help="any other key of the config, such as verify.atol=1e-5"
     )
+
+
+def add_weights_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that say which PyTorch model, with which weights."""
+    group.add_argument("--model", metavar="REF", help="module:factory or file.py:factory")
+    group.add_argument("--checkpoint", metavar="FILE", help="safetensors, or what torch.save wrote")
+    group.add_argument("--unsafe-checkpoint", action="store_true", help="let a pickled checkpoint run its code")
 
 
 def read_config(options: argparse.Namespace, out: str | None) -> DeployConfig:

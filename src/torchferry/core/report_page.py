@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from torchferry.core.errors import OutputError
+from torchferry.core.pages import page_environment
 
 if TYPE_CHECKING:
     from torchferry.core.compare import Comparison
@@ -34,16 +34,7 @@ def render(report: Report) -> str:
     Raises:
         OutputError: If Jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as exc:
-        raise OutputError(
-            "cannot render the report as 'html': Jinja2 is not installed",
-            hint="pip install jinja2, or pip install 'torchferry[export]'; .json and .txt reports need neither",
-        ) from exc
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = page_environment("the report")
     environment.filters |= {"figure": _figure, "png": _png, "tolerance": _tolerance}
     template = environment.from_string(files("torchferry.core").joinpath("report.html.j2").read_text(encoding="utf-8"))
     return template.render(report=report, outputs=_outputs(report.comparisons))

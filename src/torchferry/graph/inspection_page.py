@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from torchferry.core.errors import OutputError
+from torchferry.core.pages import page_environment
 from torchferry.graph.marks import is_mark
 from torchferry.graph.provenance import provenance
 
@@ -60,18 +60,11 @@ def render(exported: Exported, title: str) -> str:
     Raises:
         OutputError: If Jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as exc:
-        raise OutputError(
-            "cannot draw the graph as 'html': Jinja2 is not installed",
-            hint="pip install jinja2, or pip install 'torchferry[export]'",
-        ) from exc
     folder = files("torchferry.graph")
     template, script = (
         folder.joinpath(f"inspection_page.{ending}").read_text(encoding="utf-8") for ending in ("html.j2", "js")
     )
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = page_environment("the graph")
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment.from_string(template).render(title=title, script=script, graph=page_data(exported))
 

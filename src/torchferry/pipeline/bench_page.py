@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from torchferry.core.errors import OutputError
+from torchferry.core.pages import page_environment
 
 if TYPE_CHECKING:
     from torchferry.pipeline.bench_report import BenchReport, BenchRow, Measured
@@ -26,16 +26,7 @@ def render(report: BenchReport) -> str:
     Raises:
         OutputError: If Jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as exc:
-        raise OutputError(
-            "cannot render the report as 'html': Jinja2 is not installed",
-            hint="pip install jinja2, or pip install 'torchferry[export]'; .json and .txt reports need neither",
-        ) from exc
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = page_environment("the report")
     template = environment.from_string(files("torchferry.pipeline").joinpath("bench.html.j2").read_text("utf-8"))
     rows = [(row, row.measured) for row in report.rows if row.measured is not None]
     return template.render(
