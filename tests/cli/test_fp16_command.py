@@ -1,5 +1,6 @@
 """``torchferry fp16``: what a user sees of overflow, its repair and its proof."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 import torchferry
+from torchferry.precision import fix as fix_module
 
 MODEL = '''
 """Two convolutions; what is between them is beyond 65504."""
@@ -189,6 +191,20 @@ class TestDeploy:
             (got,) = session.run({"x": x}).values()
         assert got.dtype == np.float32
         assert np.isfinite(got).all()
+
+    def test_a_repair_that_is_not_proved_is_not_packed(self, ferry, place, monkeypatch):
+        proved = fix_module.fix
+
+        def unproved(*args, **kwargs):
+            fixed, certificate = proved(*args, **kwargs)
+            first, *others = certificate.checks
+            checks = (dataclasses.replace(first, passed=False), *others)
+            return fixed, dataclasses.replace(certificate, checks=checks)
+
+        monkeypatch.setattr(fix_module, "fix", unproved)
+        flags = ("--model", "big.py:big", "--input", "x.npz", "--target", "reference", "--precision", "fp16")
+        assert "not certified" in ferry("deploy", *flags, "--out", "half").refusal
+        assert not (place / "half").exists()
 
     def test_an_engine_without_fp16_is_told_so(self, ferry, place):
         refused = ferry(

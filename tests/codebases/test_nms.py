@@ -210,3 +210,10 @@ def test_detections_in_engines(tmp_path: Path, engine: str, class_agnostic: bool
         [data(*sizes) for sizes in [(1, 1, 1.0), (1, 9, 0.0), (2, 40, 0.3), (3, 40, 1.0)]],
     )
     report.raise_for_failure()
+
+
+def test_its_operator_is_told_of_where_it_acts_and_nowhere_else() -> None:
+    with ferry.RewriterContext() as context:
+        assert not any("nms_keep" in row.name for row in context.log.rows)
+    acted = ferry.export(Keep(), (torch.rand(1, 3, 4), torch.rand(1, 2, 3)))
+    assert any("nms_keep" in name for name in acted.rewrites)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torchferry.core.errors import VerificationError
 from torchferry.core.report import Finding
 
 if TYPE_CHECKING:
@@ -67,11 +66,7 @@ def halved(exported: Exported, source: Source, data: Any, headroom_bits: int, st
     with steps.step("fp16 fix and certify") as step:
         fixed, certificate = fix(exported, feeds, headroom_bits, keep_io_types=True)
         step.detail = f"{len(certificate.added)} nodes added, {len(certificate.islands)} stay FP32"
-    if not certificate.passed:
-        raise VerificationError(
-            f"the FP16 repair does not hold: {next(c for c in certificate.checks if not c.passed)}",
-            hint="deploy in fp32, or give more data to measure on",
-        )
+    certificate.raise_for_failure()
     if first is None:
         return Half(fixed, certificate, None)
     message = f"in FP16 {first}; {len(certificate.added)} nodes were added and {len(certificate.islands)} stay FP32"

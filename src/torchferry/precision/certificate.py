@@ -135,7 +135,9 @@ class Certificate:
         """
         if not self.passed:
             failed = "\n".join(f"  {check}" for check in self.checks if not check.passed) or "  checks are missing"
-            raise VerificationError(f"{self.title}: not certified\n{failed}")
+            raise VerificationError(
+                f"{self.title}: not certified\n{failed}", hint="give more data to measure on, or stay in FP32"
+            )
         return self
 
     def exceptions(self) -> tuple[str, ...]:
