@@ -91,9 +91,9 @@ def fix_weights(model: torch.nn.Module, calls: Any, headroom_bits: int, path: Pa
         OutputError: If the file cannot be written.
     """
     from torchferry.exporter.checkpoint import save_weights
-    from torchferry.precision.write_back import fix_module
+    from torchferry.precision.modules.fix import fix_module
 
-    fixed, certificate = fix_module(model, calls, headroom_bits)
+    fixed, certificate = fix_module(model, calls, headroom_bits, weights_only=True)
     certificate.raise_for_failure()
     save_weights(fixed, path)
     before = dict(model.named_modules())

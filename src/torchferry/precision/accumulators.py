@@ -6,6 +6,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from torchferry.precision.nodes import new_node
+
 _ACCUMULATING = frozenset(("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul", "ReduceSum"))
 
 
@@ -26,9 +28,8 @@ def accumulator_bound(node: ir.Node) -> tuple[list[ir.Node], ir.Value | None]:
         op_type: str, inputs: list[ir.Value | None], attributes: dict[str, Any], dtype: ir.DataType | None
     ) -> ir.Value:
         name = f"{node.outputs[0].name}/bound_{len(nodes)}"
-        output = ir.Value(name=name, type=ir.TensorType(dtype or ir.DataType.FLOAT))
-        nodes.append(ir.node(op_type, inputs, attributes or None, outputs=[output], name=name))
-        return output
+        nodes.append(new_node(op_type, inputs, name, dtype or ir.DataType.FLOAT, attributes))
+        return nodes[-1].outputs[0]
 
     magnitudes = [
         op("Abs", [value], {}, value.dtype) if value is not None and _is_summed(node, index) else value

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from torchferry.precision.degrees import FLOAT, constant, rule_of
+from torchferry.precision.nodes import new_node
 from torchferry.precision.prepare import bounded_mask, has_body, mask_path, prepare, values
 from torchferry.precision.ranges import run
 
@@ -207,10 +208,9 @@ class _Joint:
         return unequal, gap, size
 
     def _op(self, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes or None)
+        dtype = ir.DataType.BOOL if op_type in ("Equal", "Not") else FLOAT
+        node = new_node(op_type, inputs, f"{_PREFIX}{op_type}.{len(self._graph)}", dtype, attributes)
         self._graph.append(node)
-        node.outputs[0].name = f"{_PREFIX}{op_type}.{len(self._graph)}"
-        node.outputs[0].dtype = ir.DataType.BOOL if op_type in ("Equal", "Not") else FLOAT
         return node.outputs[0]
 
     def _register(self, name: str, array: Any) -> ir.Value:

@@ -123,6 +123,7 @@ class _Writer:
         self._model, self._graph = prepared.model, prepared.model.graph
         self._prepared, self._problem, self._solution = prepared, problem, solution
         self._clips = {(e.tensor, e.reader) for e in problem.edges if e.kind == "clip"}
+        self._logs = {(e.tensor, e.reader) for e in problem.edges if e.kind == "log"}
         self._converted: dict[Any, ir.Value] = {}
         self._scale_of: dict[ir.Value, int] = {}
         self._taken = {value.name for value in values(self._graph)}
@@ -137,7 +138,7 @@ class _Writer:
         for node in nodes:
             self._rewire(node)
         for node in nodes:
-            if node.name not in solution.islands:
+            if self._unit(node) not in solution.islands:
                 self._retype(node)
         for index, value in enumerate(list(self._graph.outputs)):
             if value in self._forms and not value.is_initializer():
@@ -155,7 +156,8 @@ class _Writer:
     def _shift_logarithm(self, node: ir.Node) -> None:
         """Take the logarithm of what is stored, and add that of its scale: log(t) = log(t / 2**k) + k ln 2."""
         x, y = node.inputs[0], node.outputs[0]
-        bits = self._shifts.pop((x.name if x is not None else "", node.name or ""), 0)  # type: ignore[arg-type]
+        edge = (x.name or "" if x is not None else "", self._unit(node))
+        bits = self._shifts.pop(edge, 0) if edge in self._logs else 0
         if not bits:
             return
         name = y.name or ""
@@ -186,7 +188,10 @@ class _Writer:
 
     def _is_island(self, node: ir.Node) -> bool:
         # a node of a body belongs to the node that holds the body
-        return node.graph is not self._graph or node.name in self._solution.islands
+        return node.graph is not self._graph or self._unit(node) in self._solution.islands
+
+    def _unit(self, node: ir.Node) -> str:
+        return self._problem.unit(node.name or "")
 
     def _rewire(self, node: ir.Node) -> None:
         """Give a node each operand as it wants it."""
@@ -201,7 +206,7 @@ class _Writer:
                         body_node.replace_input_with(index, self._convert(value, ("fp32", 0), node))
 
     def _as_wanted(self, value: ir.Value, reader: ir.Node) -> ir.Value:
-        name, reader_name = value.name or "", reader.name or ""
+        name, reader_name = value.name or "", self._unit(reader)
         if name in self._problem.kept and value.is_initializer():
             return value
         if self._is_island(reader):

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from os import PathLike
 
     from torchferry.graph import Exported
-    from torchferry.precision.emulate import Mode
     from torchferry.precision.ranges import Feeds
     from torchferry.precision.rounding import Rounding
 
@@ -64,12 +63,13 @@ def certify(folder: str | PathLike[str]) -> Certificate:
 
 def with_checks(certificate: Certificate, evidence: Evidence) -> Certificate:
     """Make the four checks, and return the certificate with them."""
-    checks = (
-        check_agreement(certificate, evidence),
-        check_constants(certificate, evidence),
-        check_bounds(certificate, evidence),
-        check_error(certificate, evidence),
-    )
+    with Emulation(evidence.fixed, "acc32") as acc32, Emulation(evidence.fixed, "strict") as strict:
+        checks = (
+            check_agreement(certificate, evidence),
+            check_constants(certificate, evidence),
+            check_bounds(certificate, evidence, strict),
+            check_error(certificate, evidence, (acc32, strict)),
+        )
     return dataclasses.replace(certificate, checks=checks, evidence=evidence)
 
 
@@ -103,22 +103,28 @@ def check_agreement(certificate: Certificate, evidence: Evidence) -> Check:
     )
 
 
-def check_bounds(certificate: Certificate, evidence: Evidence) -> Check:
-    """Check that nothing leaves the range: tensors, what norms and means have inside, and sums in whatever order."""
+def check_bounds(certificate: Certificate, evidence: Evidence, emulation: Emulation) -> Check:
+    """Check that nothing leaves the range: tensors, what norms and means have inside, and sums in whatever order.
+
+    Args:
+        certificate: What was done.
+        evidence: To what.
+        emulation: Of the repaired graph, in strict mode.
+    """
     factor = 2.0**certificate.headroom_bits
     problems: list[str] = []
-    with Emulation(evidence.fixed, "strict") as emulation:
-        for feeds in evidence.calibration:
-            emulation.run(dict(feeds))
-        problems += [str(bad) for bad in emulation.bad]
-        sums = [f"sums of '{a.name}' may reach {a.bound:.6g}" for a in emulation.accumulators]
-        name, largest = max(emulation.magnitudes().items(), key=lambda item: item[1], default=("", 0.0))
-    with Emulation(evidence.fixed, "strict") as emulation:
-        for feeds in evidence.calibration:
-            emulation.run(enlarged(feeds, factor))
-        problems += [f"at {factor:g} times the input, {bad}" for bad in emulation.bad]
-        beyond = len(emulation.accumulators)
-        _, most = max(emulation.magnitudes().items(), key=lambda item: item[1], default=("", 0.0))
+    emulation.forget()
+    for feeds in evidence.calibration:
+        emulation.run(dict(feeds))
+    problems += [str(bad) for bad in emulation.bad]
+    sums = [f"sums of '{a.name}' may reach {a.bound:.6g}" for a in emulation.accumulators]
+    name, largest = max(emulation.magnitudes().items(), key=lambda item: item[1], default=("", 0.0))
+    emulation.forget()
+    for feeds in evidence.calibration:
+        emulation.run(enlarged(feeds, factor))
+    problems += [f"at {factor:g} times the input, {bad}" for bad in emulation.bad]
+    beyond = len(emulation.accumulators)
+    _, most = max(emulation.magnitudes().items(), key=lambda item: item[1], default=("", 0.0))
     bits = math.log2(FP16_MAX / largest) if 0 < largest < math.inf else 0.0
     return Check(
         "bounds",
@@ -131,23 +137,25 @@ def check_bounds(certificate: Certificate, evidence: Evidence) -> Check:
     )
 
 
-def check_error(certificate: Certificate, evidence: Evidence) -> Check:
-    """Check that FP16's rounding costs about the least it can, on data that was not solved on."""
+def check_error(certificate: Certificate, evidence: Evidence, emulations: Sequence[Emulation]) -> Check:
+    """Check that FP16's rounding costs about the least it can, on data that was not solved on.
+
+    Args:
+        certificate: What was done.
+        evidence: To what.
+        emulations: Of the repaired graph, one for each mode.
+    """
     found: dict[str, float] = {}
     problems: list[str] = []
     exact = _runner(evidence.original, None, opened=False)
-    modes: tuple[Mode, ...] = ("acc32", "strict")
-    for mode in modes:
-        errors = Errors()
-        # Where the original holds numbers beyond 11 bits of FP32's own range, the repaired graph gives the ideal.
-        ideals = [_runner(graph, "ideal", opened=mode == "strict") for graph in (evidence.original, evidence.fixed)]
-        with Emulation(evidence.fixed, mode) as emulation:
-            for feeds in evidence.held_out:
-                least = [ideal.run(_float32(feeds))[0] for ideal in ideals]
-                is_finite = all(np.isfinite(array).all() for array in least[0].values() if array.dtype.kind == "f")
-                outputs = emulation.run(dict(feeds))
-                errors.add(exact.run(feeds)[0], outputs, least[0 if is_finite else 1])
-            problems += [f"{mode}: {bad}" for bad in emulation.bad]
+    wanted = [exact.run(feeds)[0] for feeds in evidence.held_out]
+    for emulation in emulations:
+        errors, mode = Errors(), emulation.mode
+        ideals = _ideals(evidence, opened=mode == "strict")
+        emulation.forget()
+        for feeds, want, ideal in zip(evidence.held_out, wanted, ideals, strict=True):
+            errors.add(want, emulation.run(dict(feeds)), ideal)
+        problems += [f"{mode}: {bad}" for bad in emulation.bad]
         for name, error in errors.by_output().items():
             ratio = error.relative / max(error.ideal, _TRIFLE)
             found[mode] = max(found.get(mode, 0.0), ratio)
@@ -164,6 +172,17 @@ def check_error(certificate: Certificate, evidence: Evidence) -> Check:
         "that is allowed",
         tuple(problems[:_SHOWN]),
     )
+
+
+def _ideals(evidence: Evidence, *, opened: bool) -> list[dict[str, Any]]:
+    """Return for each held-out call the outputs in 11 bits with any exponent."""
+    ideal = _runner(evidence.original, "ideal", opened=opened)
+    outputs = [ideal.run(_float32(feeds))[0] for feeds in evidence.held_out]
+    if all(np.isfinite(array).all() for each in outputs for array in each.values() if array.dtype.kind == "f"):
+        return outputs
+    # Where the original holds numbers beyond 11 bits of FP32's own range, the repaired graph gives the ideal.
+    ideal = _runner(evidence.fixed, "ideal", opened=opened)
+    return [ideal.run(_float32(feeds))[0] for feeds in evidence.held_out]
 
 
 def _runner(graph: Exported, rounding: Rounding | None, *, opened: bool) -> Runner:

@@ -171,6 +171,10 @@ class Emulation:
         self._bad = worse(self._bad, self.bad_of(figures, feeds))
         return outputs
 
+    def forget(self) -> None:
+        """Forget what was seen in the runs so far."""
+        self._bad, self._figures = {}, None
+
     @property
     def bad(self) -> tuple[BadTensor, ...]:
         """Every bad tensor of all runs so far, in the order in which they are computed."""

@@ -14,8 +14,8 @@ from torchferry.graph.reading import as_exported
 from torchferry.precision.certificate import Certificate, Evidence
 from torchferry.precision.checks import with_checks
 from torchferry.precision.emulate import as_array_calls
+from torchferry.precision.modules.fix import fix_module
 from torchferry.precision.planning import certificate_of, plan, repair, split_data
-from torchferry.precision.write_back import fix_module
 
 if TYPE_CHECKING:
     from torchferry.core.signature import Signature

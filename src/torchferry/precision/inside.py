@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from torchferry.precision.nodes import new_node
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -62,13 +64,12 @@ class Inside:
     ) -> ir.Value:
         """Add a node with one output of the node's own dtype, or of another."""
         name = f"{self.node.outputs[0].name}/{len(self._nodes)}_{op_type}"
-        output = ir.Value(name=name, type=ir.TensorType(dtype or self.dtype))
-        node = ir.node(op_type, inputs, attributes or None, outputs=[output], name=name)
+        node = new_node(op_type, inputs, name, dtype or self.dtype, attributes)
         node.metadata_props.update(self.node.metadata_props)
         if role:
             node.metadata_props[ROLE_KEY] = role
         self._nodes.append(node)
-        return output
+        return node.outputs[0]
 
     def number(self, value: float) -> ir.Value:
         """Add a constant of the node's dtype."""

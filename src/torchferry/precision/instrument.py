@@ -19,6 +19,7 @@ from torchferry.core.signature import Signature, TensorSpec
 from torchferry.graph.provenance import Provenance, provenance
 from torchferry.precision.accumulators import accumulator_bound
 from torchferry.precision.captured import PARAMETERS, graphs_of, size_arithmetic, taken
+from torchferry.precision.nodes import new_node
 from torchferry.precision.opened import EXACT, ROLE_KEY, SATURATES, inline_functions, open_sums
 from torchferry.precision.rounding import FP16_NORMAL, Rounding, rounded, rounding_nodes
 
@@ -355,9 +356,8 @@ def _watching(before: ir.Value, after: ir.Value, *, census: bool) -> tuple[list[
 
     def op(op_type: str, *inputs: ir.Value, dtype: ir.DataType | None, **attributes: Any) -> ir.Value:
         name = f"{before.name}/seen_{len(nodes)}"
-        output = ir.Value(name=name, type=ir.TensorType(dtype or ir.DataType.FLOAT))
-        nodes.append(ir.node(op_type, inputs, attributes or None, outputs=[output], name=name))
-        return output
+        nodes.append(new_node(op_type, inputs, name, dtype or ir.DataType.FLOAT, attributes))
+        return nodes[-1].outputs[0]
 
     figures = [
         op("ReduceMax", before, dtype=before.dtype, keepdims=0),

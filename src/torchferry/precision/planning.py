@@ -56,21 +56,20 @@ def plan(
         data: Inputs by name, to measure on.
         headroom_bits: The scales hold up to ``2**headroom_bits`` times these inputs.
         prepared: The graph's prepared copy, if there is one; it is changed where operators have to be opened.
-        module: What a module cannot absorb; scales are then solved for its weights alone.
+        module: What is different for a module; without units in it, scales are solved for its weights alone.
     """
     prepared = prepared or prepare(exported)
     larger = [enlarged(feeds, 2.0**headroom_bits) for feeds in data]
     while True:
         opened = prepared.model.clone()
         open_sums(opened)
-        measured = measure(opened, exported.signature, data)
-        beyond = measure(opened, exported.signature, larger)
+        measured, beyond = measure(opened, exported.signature, data, larger)
         bounds = {name: limits(measured[name], beyond[name], headroom_bits) for name in measured}
         outside = {name for name, bound in bounds.items() if bound.leaves_range}
         if module is not None or not open_out_of_range(prepared, outside.__contains__):
             break
     problem = build(prepared.model, opened, bounds, module)
-    return Plan(prepared, problem, solve(problem, weights_only=module is not None), measured)
+    return Plan(prepared, problem, solve(problem, weights_only=module is not None and not module.units), measured)
 
 
 def repair(exported: Exported, found: Plan, *, keep_io_types: bool = False) -> Repaired:

@@ -45,6 +45,7 @@ _SCALED = (ir.DataType.FLOAT, ir.DataType.FLOAT16)  # before and after
 _MASK_PATH = (
     *("Add", "Sub", "Where", "Mul", "Min", "Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Slice", "Tile"),
     *("Identity", "Concat", "Gather", "GatherND", "Trilu", "ScatterND", "ScatterElements", "Cast", "Pad", "Softmax"),
+    *("CastLike", "ReduceMax"),  # softmax(x) = softmax(x - max(x))
 )
 
 

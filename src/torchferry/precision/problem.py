@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -40,7 +41,7 @@ class Edge:
 
     Attributes:
         tensor: What is read.
-        reader: The node's name, or ``OUTPUT``.
+        reader: The unit's name, or ``OUTPUT``. Of a graph, each node is a unit; see ``ModuleLimits``.
         kind: ``candidate``: allowed, at the price of a node; ``clip``: certain, with a clip before it; ``log``:
             allowed, as an addition behind a logarithm, which need not hold the true operand; ``boundary``: an output
             of the graph that stays FP32.
@@ -66,17 +67,22 @@ class Row:
 
 @dataclass(frozen=True)
 class ModuleLimits:
-    """What cannot absorb a scale where not a graph but a module is repaired.
+    """What is different where not a graph but a module is repaired.
 
     Attributes:
-        constants: Constants that are no parameters.
+        constants: Constants that cannot absorb a scale.
         attributes: Nodes whose float attributes cannot be set.
-        tied: Groups of (node, constant) that are one attribute of one module, one of the two names empty.
+        tied: Groups of (node, constant) that are one number of the module, one of the two names empty.
+        units: For each node the call of the module's program that it belongs to. A unit is what may be multiplied
+            before, or stay FP32, as a whole. Where there are none, nothing may be added.
+        between: The tensors between calls.
     """
 
     constants: frozenset[str]
     attributes: frozenset[str]
     tied: tuple[tuple[tuple[str, str], ...], ...]
+    units: Mapping[str, str] = field(default_factory=dict)
+    between: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -87,12 +93,13 @@ class Problem:
         rows: The relations.
         limits: The bounds of each tensor that has some.
         edges: Where nodes may be added.
-        islands: Nodes that stay FP32 from the start, with the reason.
+        islands: Units that stay FP32 from the start, with the reason.
         unknown_operators: Nodes without a rule, which got scale 1.
         outside: Inputs and outputs whose true values leave the range, so that they stay FP32.
         kept: Constants that stay FP32 because ONNX asks for it, such as the scales of a Resize.
-        owners: The nodes that may become islands.
-        inner: Tensors inside a node of the repaired graph, and that node.
+        owners: The units that may become islands.
+        inner: Tensors inside a unit of the repaired graph, and that unit.
+        units: The units of nodes that are not one by themselves.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -104,6 +111,11 @@ class Problem:
     kept: set[str] = field(default_factory=set)
     owners: list[str] = field(default_factory=list)
     inner: dict[str, str] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
+
+    def unit(self, node: str) -> str:
+        """Return the unit that a node belongs to."""
+        return self.units.get(node, node)
 
 
 def build(
@@ -118,7 +130,7 @@ def build(
         prepared: The graph that is repaired.
         opened: The same with sums opened; its inner tensors bring bounds of their own.
         tensor_limits: Of every tensor of ``opened`` that is not a constant.
-        module: What cannot absorb a scale, where a module is repaired; inputs and outputs then cannot stay FP32.
+        module: What is different where a module is repaired; without units, inputs and outputs cannot stay FP32.
     """
     return _Builder(prepared, opened, tensor_limits, module).problem
 
@@ -131,7 +143,7 @@ class _Builder:
         tensor_limits: Mapping[str, Limits],
         module: ModuleLimits | None,
     ) -> None:
-        self.problem = Problem()
+        self.problem = Problem(units=module.units if module else {})
         self._module = module
         self._epsilons: dict[str, Unknown] = {}
         self._limits = tensor_limits
@@ -139,43 +151,63 @@ class _Builder:
         self._own = {node.name or "" for node in prepared.graph}
         self._owner_of_output = {v.name or "": node.name or "" for node in prepared.graph for v in node.outputs}
         self._constants = constant_tensors(opened.graph)
+        self._between = module.between if module and module.units else None
+        self._sizes = Counter(self.problem.unit(node.name or "") for node in prepared.graph if float_slots(node))
+        self.problem.owners += self._sizes
+        self._edges: dict[tuple[str, str], Edge] = {}
         for node in prepared.graph:
             self._look_at(node)
-        self._edges = {(edge.tensor, edge.reader): edge for edge in self.problem.edges}
+        self.problem.edges += self._edges.values()
         for node in opened.graph:
             self._add_rows(node)
-        self._add_boundaries(prepared.graph, graph_allowed=module is None)
+        self._add_boundaries(prepared.graph, graph_allowed=module is None or bool(module.units))
         self._add_constants(opened.graph)
         self._tie_epsilons()
         for node in opened.graph:
-            owner = self._owner(node)
+            owner = self.problem.unit(self._whole(node))
             for value in node.outputs:
                 if is_float(value) and not node.metadata_props.get(ROLE_KEY):
                     self._add_limits(value.name or "")
-                    if value.name not in self._owner_of_output:
+                    if value.name not in self._owner_of_output or not self._is_between(value.name or ""):
                         self.problem.inner[value.name or ""] = owner
 
     def _look_at(self, node: ir.Node) -> None:
         """Decide what a node of the repaired graph may ask for: edges, FP32, a word about a missing rule."""
-        name = node.name or ""
         if not float_slots(node):
             return
-        self.problem.owners.append(name)
+        unit = self.problem.unit(node.name or "")
         if has_body(node):
-            self.problem.islands[name] = f"{node.op_type} has a body, which is not looked into"
+            self.problem.islands[unit] = f"{node.op_type} has a body, which is not looked into"
             return
         refused = self._refused(node)
         if refused:
-            self.problem.islands[name] = f"ONNX defines {node.op_type} for FP32, not FP16 ({', '.join(refused)})"
+            self.problem.islands[unit] = f"ONNX defines {node.op_type} for FP32, not FP16 ({', '.join(refused)})"
             return
         if rule_of(node) is None:
-            self.problem.unknown_operators.append(name)
-        if not is_flexible(node, self._constants):
-            for value in {v for v in node.inputs if v is not None and is_float(v)}:
-                if value.name not in self._constants:
-                    self.problem.edges.append(Edge(value.name or "", name, self._kind(node, value.name or "")))
+            self.problem.unknown_operators.append(node.name or "")
+        if self._is_whole(node) and is_flexible(node, self._constants):
+            return
+        for value in dict.fromkeys(v for v in node.inputs if v is not None and is_float(v)):
+            if self._may_be_shifted(value):
+                edge = Edge(value.name or "", unit, self._kind(node, value.name or ""))
+                self._edges.setdefault((edge.tensor, unit), edge)
+
+    def _is_between(self, tensor: str) -> bool:
+        return self._between is None or tensor in self._between
+
+    def _is_whole(self, node: ir.Node) -> bool:
+        """Tell whether a node is a unit by itself."""
+        return self._sizes[self.problem.unit(node.name or "")] == 1
+
+    def _may_be_shifted(self, value: ir.Value) -> bool:
+        """Tell whether a multiplication may stand between a tensor and a unit that reads it."""
+        if self._between is None:
+            return value.name not in self._constants
+        return value.name in self._between and not value.is_initializer()
 
     def _kind(self, node: ir.Node, tensor: str) -> EdgeKind:
+        if not self._is_whole(node) or (self._module and not self._module.units):
+            return "candidate"
         if node.op_type == "Log":
             return "log"
         leaves_range = tensor in self._limits and self._limits[tensor].leaves_range
@@ -200,23 +232,25 @@ class _Builder:
                 refused.append(value.name or "")
         return refused
 
-    def _owner(self, node: ir.Node) -> str:
+    def _whole(self, node: ir.Node) -> str:
+        """Return the node of the repaired graph that a node of the opened one belongs to."""
         name = node.name or ""
         return name if name in self._own else self._owner_of_output[name.rsplit("/", 1)[0]]
 
     def _add_rows(self, node: ir.Node) -> None:
-        owner = self._owner(node)
+        whole = self._whole(node)
+        owner = self.problem.unit(whole)
         for relation in relations_of(node):
-            self.problem.rows.append(Row(self._terms(node, owner, relation), owner))
+            self.problem.rows.append(Row(self._terms(node, whole, owner, relation), owner))
 
-    def _terms(self, node: ir.Node, owner: str, relation: Relation) -> dict[Unknown, int]:
+    def _terms(self, node: ir.Node, whole: str, owner: str, relation: Relation) -> dict[Unknown, int]:
         terms: dict[Unknown, int] = {}
         for (kind, at), coefficient in relation.items():
             if kind in ("attr", "aux"):
                 unknown: Unknown = (kind, node.name or "", str(at))
                 if kind == "attr":
-                    self._epsilons[owner] = unknown
-                    if self._module and owner in self._module.attributes:
+                    self._epsilons[whole] = unknown
+                    if self._module and whole in self._module.attributes:
                         self.problem.rows.append(Row({unknown: 1}, owner))
             else:
                 value = node.inputs[int(at)] if kind == "in" else node.outputs[int(at)]

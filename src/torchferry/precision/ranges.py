@@ -58,16 +58,16 @@ class Range:
         )
 
 
-def measure(model: ir.Model, signature: Signature, data: Sequence[Feeds]) -> dict[str, Range]:
+def measure(model: ir.Model, signature: Signature, *data: Sequence[Feeds]) -> list[dict[str, Range]]:
     """Run a graph and measure every float tensor of its main graph, constants apart.
 
     Args:
         model: Changed by nobody; a copy with reductions at every tensor is run, and only scalars leave it.
         signature: Of the graph's inputs.
-        data: Inputs by name.
+        *data: Sets of inputs by name.
 
     Returns:
-        The range of each tensor over all data.
+        For each set the range of each tensor over all of it.
     """
     copy = model.clone()
     measured_values = [v for v in values(copy.graph) if is_float(v) and not v.is_initializer()]
@@ -75,12 +75,16 @@ def measure(model: ir.Model, signature: Signature, data: Sequence[Feeds]) -> dic
     statistics = _Statistics(copy.graph)
     outputs = [statistics.add(value) for value in measured_values]
     flat = {value.name: value for each in outputs for value in each.values()}
-    found: dict[str, Range] = {}
-    for row in run(copy, signature, list(flat.values()), data):
-        for name, each in zip(names, outputs, strict=True):
-            measured = Range(**{key: float(row[value.name or ""]) for key, value in each.items()})
-            found[name] = found[name].joined(measured) if name in found else measured
-    return found
+    rows = iter(run(copy, signature, list(flat.values()), [feeds for each in data for feeds in each]))
+    result = []
+    for each_set in data:
+        found: dict[str, Range] = {}
+        for row in itertools.islice(rows, len(each_set)):
+            for name, each in zip(names, outputs, strict=True):
+                measured = Range(**{key: float(row[value.name or ""]) for key, value in each.items()})
+                found[name] = found[name].joined(measured) if name in found else measured
+        result.append(found)
+    return result
 
 
 def run(

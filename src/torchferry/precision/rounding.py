@@ -18,6 +18,8 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from torchferry.precision.nodes import new_node
+
 if TYPE_CHECKING:
     from torchferry.core.engine import Array
 
@@ -52,10 +54,8 @@ def rounding_nodes(x: ir.Value, rounding: Rounding) -> tuple[list[ir.Node], ir.V
     nodes: list[ir.Node] = []
 
     def op(op_type: str, *inputs: ir.Value, dtype: ir.DataType, **attributes: Any) -> ir.Value:
-        name = f"{x.name}/{rounding}_{len(nodes)}"
-        output = ir.Value(name=name, type=ir.TensorType(dtype), shape=x.shape)
-        nodes.append(ir.node(op_type, inputs, attributes or None, outputs=[output], name=name))
-        return output
+        nodes.append(new_node(op_type, inputs, f"{x.name}/{rounding}_{len(nodes)}", dtype, attributes, x.shape))
+        return nodes[-1].outputs[0]
 
     if rounding == "fp16":
         half = op("Cast", x, dtype=ir.DataType.FLOAT16, to=ir.DataType.FLOAT16)
