@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torchferry as ferry
+from torchferry.core.dimension import Dimension
 from torchferry.core.errors import ConfigError, FrozenDimensionError, InputError
 from torchferry.core.target import Target
 
@@ -27,6 +28,11 @@ class Larger(nn.Module):
 class Squeeze(nn.Module):
     def forward(self, x):
         return x.squeeze(0) + 1
+
+
+class Add(nn.Module):
+    def forward(self, x, y):
+        return x + y
 
 
 class PlusOne(nn.Module):
@@ -169,10 +175,6 @@ class TestRelations:
             session.run({"x": ones(5), "y": ones(6)})
 
     def test_dimensions_that_the_model_ties_together_are_one(self, opened):
-        class Add(nn.Module):
-            def forward(self, x, y):
-                return x + y
-
         arguments = (torch.rand(4, 2), torch.rand(4, 2))
         exported = ferry.export(Add().eval(), arguments, dynamic_shapes={"x": {0: "a"}, "y": {0: "b"}})
         assert any(f.code == "dimension-bound" for f in exported.report.findings)
@@ -269,6 +271,7 @@ class TestDeclaring:
             {"x": ("n", None)},
             {"x": {-2: "n"}},
             {"x": {0: torch.export.Dim("n")}},
+            {"x": {0: Dimension("n")}},
             [{0: "n"}],
         ],
     )
@@ -290,9 +293,45 @@ class TestDeclaring:
             with pytest.raises(InputError):
                 session.run({"x": ones(size, 5)})
 
+    def test_one_name_with_two_ranges_is_refused(self):
+        shapes = {"x": {0: "n=1..8"}, "y": {0: "n=1..9"}}
+        with pytest.raises(ConfigError, match=r"two ranges, n=1\.\.8 and n=1\.\.9"):
+            ferry.export(Add().eval(), (torch.rand(4, 2), torch.rand(4, 2)), dynamic_shapes=shapes)
+
+    @pytest.mark.parametrize(("text", "opt"), [("n=3..6", None), ("n=3..5..6", 5)])
+    def test_a_name_may_have_sizes(self, opened, text, opt):
+        exported = ferry.export(PlusOne().eval(), torch.rand(4, 5), dynamic_shapes={"x": {0: text}})
+        allowed = exported.signature.dims["n"]
+        assert (allowed.min, allowed.max, allowed.opt) == (3, 6, opt)
+        with pytest.raises(InputError):
+            opened(exported).run({"x": ones(7, 5)})
+
+    @pytest.mark.parametrize("text", ["n=1..1", "n=0..1", "n=1..1..8"])
+    def test_a_range_may_have_the_size_one_or_nothing_else(self, opened, text):
+        exported = ferry.export(PlusOne().eval(), torch.rand(1, 5), dynamic_shapes={"x": {0: text}})
+        assert exported.report.passed, exported.report.to_text()
+        declared = Dimension.parse(text)
+        session = opened(exported)
+        session.run({"x": ones(1, 5)})
+        for size in (0, 1, 2, 8, 9):
+            if size in declared:
+                session.run({"x": ones(size, 5)})
+            else:
+                with pytest.raises(InputError):
+                    session.run({"x": ones(size, 5)})
+
+    def test_sizes_said_once_hold_wherever_the_name_stands(self):
+        shapes = {"x": {0: "n"}, "y": {0: "n=2..8"}}
+        exported = ferry.export(Add().eval(), (torch.rand(4, 2), torch.rand(4, 2)), dynamic_shapes=shapes)
+        assert (exported.signature.dims["n"].min, exported.signature.dims["n"].max) == (2, 8)
+
     @pytest.mark.parametrize(
         ("declared", "message"),
         [
+            ({"x": {0: "n=1-8"}}, "'n=1-8' cannot name a dimension"),
+            ({"x": {0: "n=4..8"}}, "axis 0 of 'x' is 3 in the example, outside of n=4..8"),
+            ({"x": {0: "n=8..4"}}, "must rise"),
+            ({"x": {0: "n=1..4", 1: "n=1..8"}}, "'n' is 3 at"),
             ({"y": {0: "n"}}, "unknown input 'y'"),
             ({"x": {2: "n"}}, "no axis 2"),
             ({"x": {0: "batch size"}}, "cannot name"),

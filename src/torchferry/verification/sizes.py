@@ -254,7 +254,10 @@ def resized(
 
 
 def sizes_to_try(signature: Signature, own: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Yield sizes at which to verify: each dimension at its ends and around the example, then all of them changed.
+    """Yield sizes at which to verify.
+
+    First the smallest, usual and largest ones where a usual one was declared; then each dimension at its ends and
+    around the example; then all of them changed.
 
     Args:
         signature: Ranges and relations; what they refuse is left out.
@@ -265,6 +268,9 @@ def sizes_to_try(signature: Signature, own: Mapping[str, int]) -> Iterator[dict[
     def fresh(sizes: dict[str, int]) -> bool:
         return _takes(signature, sizes) and sizes not in seen and not seen.append(sizes)  # type: ignore[func-returns-value]
 
+    for declared in signature.profile():
+        if fresh({**own, **declared}):
+            yield seen[-1]
     for dim, allowed in signature.dims.items():
         size = own[dim]
         wanted = {allowed.min, allowed.min + 1, size // 2, size + 1, 2 * size}
