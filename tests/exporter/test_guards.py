@@ -152,6 +152,46 @@ class TestRelations:
         np.testing.assert_array_equal(only(opened(exported).run({"x": x})), x.reshape(3, 1, 5))
         assert only(opened(exported).run({"x": ones(1, 5, 9, 9)})).shape == (1, 9, 5)
 
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_caution_about_maps_that_shrink_is_settled_map_by_map(self, opened, bias):
+        """What refuses the larger maps' sizes refuses the smaller ones' too; torch writes ``… != 1`` or ``1 < …``."""
+
+        class Pyramid(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, 2, 1, bias=bias) for _ in range(5))
+                self.last = nn.Conv2d(4, 1, 3, padding=1, bias=bias)
+
+            def forward(self, x):
+                maps = []
+                for conv in self.convs:
+                    x = conv(x)
+                    each = self.last(x).permute(0, 2, 3, 1) if bias else x.permute(0, 2, 3, 1)
+                    maps.append(each.reshape(x.shape[0], -1, each.shape[-1]))
+                return torch.cat(maps, 1)
+
+        net = Pyramid().eval()
+        exported = ferry.export(net, torch.rand(2, 4, 64, 96), dynamic_shapes={"x": {0: "n", 2: "h", 3: "w"}})
+        assert exported.signature.relations == ()
+        assert "dimensions-related" not in {finding.code for finding in exported.report.findings}
+        session = opened(exported)
+        for size in ((1, 4, 1, 1), (3, 4, 2, 1), (2, 4, 5, 30), (1, 4, 100, 3)):
+            x = torch.rand(size)
+            got = only(session.run({"x": x.numpy()}))
+            np.testing.assert_allclose(got, net(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+    def test_a_branch_on_a_computed_size_above_one_is_a_relation(self, opened):
+        class Area(nn.Module):
+            def forward(self, x):
+                return x + 1 if x.shape[0] * x.shape[1] // 4 > 1 else x + 2
+
+        exported = ferry.export(Area(), torch.rand(8, 4), dynamic_shapes={"x": {0: "h", 1: "w"}})
+        session = opened(exported)
+        np.testing.assert_array_equal(only(session.run({"x": ones(2, 4)})), 2 * ones(2, 4))
+        for size in ((1, 1), (1, 7), (7, 1)):
+            with pytest.raises(InputError, match="1 < .* // 4"):
+                session.run({"x": ones(*size)})
+
     def test_a_branch_on_a_computed_size_of_one_is_a_relation(self, opened):
         class Area(nn.Module):
             def forward(self, x):
