@@ -130,6 +130,7 @@ def test_any_size_and_batch(picture: Path, tmp_path: Path) -> None:
         dynamic_axes = { input = { 0 = "batch", 2 = "height", 3 = "width" } }
         [backend_config]
         type = "onnxruntime"
+        precision = "FP16"
         [partition_config]
         type = "single_stage"
         [[backend_config.model_inputs]]
@@ -138,6 +139,7 @@ def test_any_size_and_batch(picture: Path, tmp_path: Path) -> None:
     )
     report = export_codebase(config, RETINANET, "none:200", picture, tmp_path / "out")
     assert report.passed, report.to_text()
+    assert "written-in-fp32" in {finding.code for finding in report.findings}
     cases = report.facts["detections"]
     assert {"batch=1, height=64, width=64", "batch=3, height=192, width=160, picture 2"} <= cases.keys()
     assert any(not words.startswith("0 of 0") for words in cases.values())
