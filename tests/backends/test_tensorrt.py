@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 import torchferry as ferry
 from torchferry import backends
+from torchferry.backends.tensorrt import build
 from torchferry.backends.tensorrt.build import shape_ranges
 from torchferry.backends.tensorrt.cuda import why_no_gpu
 from torchferry.backends.tensorrt.types import check_precision, check_types
@@ -187,7 +188,25 @@ def test_the_command_line_bounds_dimensions(tmp_path, capsys):
     package = ferry.load(tmp_path / "package")
     assert package.signature.dims == {"batch": DimRange(1, 8)}
     assert package.engines[0].target.device == "cuda:sm86"
+    assert main([*command, "--overwrite", "--range", "batch=1..4..8"]) == 0
+    assert ferry.load(tmp_path / "package").signature.dims == {"batch": DimRange(1, 8, opt=4)}
     assert main([*command, "--overwrite", "--range", "batch=1-8"]) == 2
+
+
+@needs_rtx
+def test_the_workspace_is_limited(tmp_path):
+    def compiled(limit):
+        target = Target(RTX, device="cuda:sm86", options={"max_workspace_size": limit})
+        return ferry.compile(exported(), target, tmp_path / str(limit))
+
+    assert Engine.load(compiled(1 << 30).folder).target.options == {"max_workspace_size": 1 << 30}
+    assert compiled(0)  # TensorRT's own limit
+    with pytest.raises(UnsupportedError, match="workspace limit") as caught:
+        compiled(1)
+    assert "max_workspace_size" in caught.value.hint
+    with pytest.raises(UnsupportedError, match="no option 'max_workspace'") as caught:
+        ferry.compile(exported(), Target(RTX, options={"max_workspace": 1}), tmp_path / "none")
+    assert "'max_workspace_size'" in caught.value.hint
 
 
 class TestRanges:
@@ -198,6 +217,26 @@ class TestRanges:
         ranges = shape_ranges(Signature((self.image, TensorSpec("k", "float32", (2,))), (), dims))
         assert ranges["x"] == ((1, 3, 16, 8), (2, 3, 32, 16), (4, 3, 48, 24))
         assert ranges["k"] == ((2,), (2,), (2,))
+
+    def test_the_usual_sizes_that_were_declared(self):
+        dims = {"batch": DimRange(2, 4, opt=1), "side": DimRange(8, 24, opt=10)}
+        ranges = shape_ranges(Signature((self.image,), (), dims))
+        assert ranges["x"] == ((2, 3, 16, 8), (2, 3, 20, 10), (4, 3, 48, 24))
+
+    @needs_rtx
+    def test_tensorrt_takes_them_as_its_profile(self, tmp_path, monkeypatch):
+        shapes = []
+        original = build._profile
+
+        def watched(builder, model, ranges):
+            profile = original(builder, model, ranges)
+            shapes.extend(map(tuple, profile.get_shape(model.graph.inputs[0].name)))
+            return profile
+
+        monkeypatch.setattr(build, "_profile", watched)
+        model = ferry.export(Net().eval(), torch.rand(1, 3, 8, 8), dynamic_shapes={"x": {0: "batch=1..2..7"}})
+        ferry.compile(model, Target(RTX, device="cuda:sm86"), tmp_path / "engine")
+        assert shapes == [(1, 3, 8, 8), (2, 3, 8, 8), (7, 3, 8, 8)]
 
     def test_a_fixed_graph_has_none(self):
         assert shape_ranges(Signature((TensorSpec("k", "float32", (2,)),), ())) == {}

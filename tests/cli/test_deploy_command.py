@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from torchferry.core.errors import InputError
 from torchferry.package import load
 
 DYNAMIC = ("--dynamic", "x:0=n,2=h,3=w")
@@ -102,6 +103,44 @@ def test_sizes_to_verify_at(deploy):
     values = deploy("--json", *DYNAMIC, "--set", "verify.sizes.h=[5, 9]", "--set", "verify.sizes.w=[4]").values
     cases = [comparison["case"] for comparison in values["report"]["comparisons"]]
     assert cases == ["data", "h=5, w=4", "h=9, w=4"]
+
+
+BACKEND_CONFIG = """
+[export.dynamic]
+x = { 0 = "n", 2 = "h", 3 = "w" }
+
+[backend_config]
+type = "onnxruntime"
+precision = "FP32"
+common_config = { max_workspace_size = 1073741824 }
+
+[[backend_config.model_inputs]]
+[backend_config.model_inputs.input_shapes.x]
+min_shape = [1, 3, 2, 3]
+opt_shape = [2, 3, 9, 11]
+max_shape = [4, 3, 16, 20]
+"""
+
+
+def test_mmdeploys_shapes_bound_the_graph_and_are_verified(deploy, ferry, place):
+    (place / "deploy.toml").write_text(BACKEND_CONFIG)
+    command = ("deploy.toml", "--model", "net.py:net", "--input", "picture.png", "-o")
+    ran = ferry("deploy", *command, "out", "--json")
+    assert ran.status == 0, ran.err
+    cases = {comparison["case"] for comparison in ran.values["report"]["comparisons"]}
+    assert {"h=2, w=3", "n=2, h=9, w=11", "n=4, h=16, w=20"} <= cases
+    (ignored,) = (f for f in ran.values["report"]["findings"] if f["code"] == "config-ignored")
+    assert "'backend_config.common_config.max_workspace_size' has no effect" in ignored["message"]
+    package = load(place / "out")
+    assert [entry.id for entry in package.manifest.engines] == ["onnxruntime-fp32"]
+    assert {dim: str(allowed) for dim, allowed in package.signature.dims.items()} == {
+        "n": "1..2..4", "h": "2..9..16", "w": "3..11..20"}  # fmt: skip
+    with package.open() as session:
+        session.run({"x": np.zeros((4, 3, 16, 20), np.float32)})
+        with pytest.raises(InputError, match="'n' = 5"):
+            session.run({"x": np.zeros((5, 3, 16, 20), np.float32)})
+    ran = ferry("export", *command[:-1], "-o", "m.onnx", "--json")
+    assert any(f["code"] == "config-ignored" for f in ran.values["report"]["findings"])
 
 
 def test_two_engines_in_one_package(deploy, ferry, place):

@@ -6,7 +6,8 @@ import pytest
 
 from torchferry.codebases.openmmlab import libraries
 from torchferry.codebases.openmmlab.deploy_config import OWN_CONFIGS, read_python, validate_deploy_config
-from torchferry.core.errors import ConfigError, MissingFileError
+from torchferry.core.dimension import Dimension
+from torchferry.core.errors import ConfigError, MissingBackendError, MissingFileError
 from torchferry.pipeline.codebase import read_deploy_config
 
 needs_mmengine = pytest.mark.skipif(
@@ -98,7 +99,7 @@ def test_what_is_wrong_is_named(values: dict, words: str) -> None:
     assert words in str(raised.value)
 
 
-def test_shapes_become_sizes_to_verify() -> None:
+def test_shapes_become_ranges_of_the_named_axes() -> None:
     shapes = {"min_shape": [1, 3, 64, 96], "opt_shape": [1, 3, 128, 96], "max_shape": [4, 3, 128, 96]}
     config = validate_deploy_config(
         {
@@ -111,9 +112,29 @@ def test_shapes_become_sizes_to_verify() -> None:
         },
         "test",
     )
-    assert config.dynamic_shapes == {"input": {0: "batch", 2: "height"}}
-    assert config.sizes() == [{"batch": 1, "height": 64}, {"batch": 1, "height": 128}, {"batch": 4, "height": 128}]
+    assert config.dynamic_shapes((1, 3, 64, 96)) == {
+        "input": {0: Dimension("batch", 1, 4, opt=1), 2: Dimension("height", 64, 128, opt=128)}
+    }
     assert config.target.precision == "fp16"
+    with pytest.raises(ConfigError, match=r"input\.min_shape' has 96 at axis 3.*not dynamic and 97") as raised:
+        config.dynamic_shapes((1, 3, 64, 97))
+    assert "onnx_config.dynamic_axes" in raised.value.hint
+
+
+def test_engines_that_mmdeploy_has_and_we_do_not_are_refused_by_name() -> None:
+    for name in ("torchscript", "pplnn", "coreml"):
+        config = validate_deploy_config({**MMDET, "backend_config": {"type": name}}, "test")
+        with pytest.raises(MissingBackendError, match=f"unknown backend '{name}'"):
+            _ = config.target
+
+
+@pytest.mark.parametrize(("precision", "verified"), [("FP16", "fp32"), ("int8", "fp32"), ("bf16", "bf16")])
+def test_the_graph_is_in_fp32_whatever_precision_the_engine_shall_have(precision: str, verified: str) -> None:
+    config = validate_deploy_config({**MMDET, "backend_config": {"precision": precision}}, "test")
+    assert (config.target.precision, config.verified_in) == (precision.lower(), verified)
+    said = [finding for finding in config.findings() if finding.code == "written-in-fp32"]
+    assert len(said) == (verified == "fp32")
+    assert all(precision.lower() in finding.message for finding in said)
 
 
 def test_what_has_no_effect_is_said() -> None:
@@ -123,7 +144,8 @@ def test_what_has_no_effect_is_said() -> None:
             "onnx_config": {"optimize": False, "dynamic_axes": {"dets": {0: "batch"}}},
             "backend_config": {
                 "common_config": {"max_workspace_size": 1},
-                "model_inputs": [{"opt_shapes": {"input": [1]}}],
+                "model_inputs": [{}, {"opt_shapes": {"input": [1]}}],
+                "use_vulkan": True,
             },
             "calib_config": {"create_calib": True},
         },
@@ -137,7 +159,8 @@ def test_what_has_no_effect_is_said() -> None:
         "onnx_config.optimize",
         "onnx_config.dynamic_axes",
         "backend_config.common_config.max_workspace_size",
-        "backend_config.model_inputs",
+        "backend_config.model_inputs.1",
+        "backend_config.use_vulkan",
         "calib_config",
     ):
         assert f"'{key}'" in said

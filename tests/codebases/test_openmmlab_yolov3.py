@@ -15,7 +15,7 @@ from skimage import data
 import torchferry as ferry
 from torchferry.cli import main
 from torchferry.codebases.openmmlab import libraries
-from torchferry.core.errors import ConfigError, MissingFileError
+from torchferry.core.errors import ConfigError, InputError, MissingFileError
 from torchferry.pipeline.codebase import export_codebase, read_deploy_config
 
 if not libraries.installed("mmdet"):
@@ -130,16 +130,18 @@ def test_any_size_and_batch(picture: Path, tmp_path: Path) -> None:
         dynamic_axes = { input = { 0 = "batch", 2 = "height", 3 = "width" } }
         [backend_config]
         type = "onnxruntime"
+        precision = "FP16"
         [partition_config]
         type = "single_stage"
         [[backend_config.model_inputs]]
-        input_shapes = { input = { min_shape = [1, 3, 64, 64], max_shape = [2, 3, 192, 160] } }
+        input_shapes = { input = { min_shape = [1, 3, 64, 64], max_shape = [3, 3, 192, 160] } }
         """
     )
     report = export_codebase(config, RETINANET, "none:200", picture, tmp_path / "out")
     assert report.passed, report.to_text()
+    assert "written-in-fp32" in {finding.code for finding in report.findings}
     cases = report.facts["detections"]
-    assert "batch=2, height=192, width=160, picture 1" in cases
+    assert {"batch=1, height=64, width=64", "batch=3, height=192, width=160, picture 2"} <= cases.keys()
     assert any(not words.startswith("0 of 0") for words in cases.values())
     assert "all parts, height=64" in {case.replace("batch=1, ", "").split(", width")[0] for case in cases}
     operators = {node.op_type for node in onnx.load(tmp_path / "out" / "partition0.onnx").graph.node}
@@ -148,6 +150,8 @@ def test_any_size_and_batch(picture: Path, tmp_path: Path) -> None:
     session = ferry.compile(tmp_path / "out" / "end2end.onnx", ferry.Target("onnxruntime"), tmp_path / "engine").open()
     with session:
         assert session.run({"input": np.zeros((3, 3, 64, 160), np.float32)})["dets"].shape == (3, 100, 5)
+        with pytest.raises(InputError, match="'batch' = 4"):
+            session.run({"input": np.zeros((4, 3, 64, 160), np.float32)})
 
 
 def test_two_stages_are_cut_by_name(picture: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchferry.core.dimension import Dimension
 from torchferry.core.errors import ConfigError, InputError
 from torchferry.core.signature import DimRange, Relation, Signature, TensorSpec
 
@@ -130,13 +131,27 @@ class TestNarrowed:
     signature = Signature((TensorSpec("x", "float32", ("n", "m")),), (), {"n": DimRange(2), "m": DimRange(1, 8)})
 
     def test_both_ends_move_inwards_only(self):
-        narrowed = self.signature.narrowed({"n": (1, 16), "m": (3, 99)})
-        assert narrowed.dims == {"n": DimRange(2, 16), "m": DimRange(3, 8)}
+        narrowed = self.signature.narrowed(map(Dimension.parse, ("n=1..16", "m=3..4..99")))
+        assert narrowed.dims == {"n": DimRange(2, 16), "m": DimRange(3, 8, opt=4)}
         assert self.signature.dims["n"].max is None
 
     @pytest.mark.parametrize(
-        ("ranges", "message"), [({"k": (1, 2)}, "no dynamic dimension 'k'"), ({"m": (9, 12)}, "no size of 'm'")]
+        ("wanted", "message"), [("k=1..2", "no dynamic dimension 'k'"), ("m=9..12", "no size of 'm' is in m=9..12")]
     )
-    def test_what_leaves_nothing_is_refused(self, ranges, message):
+    def test_what_leaves_nothing_is_refused(self, wanted, message):
         with pytest.raises(ConfigError, match=message):
-            self.signature.narrowed(ranges)
+            self.signature.narrowed([Dimension.parse(wanted)])
+
+
+class TestUsualSizes:
+    def test_they_come_with_the_smallest_and_the_largest(self):
+        dims = {"n": DimRange(1, 8, opt=4), "h": DimRange(16, 16, opt=16), "w": DimRange(2), "k": DimRange(0, opt=5)}
+        profile = Signature((), (), dims).profile()
+        assert profile == [{"n": 1, "h": 16, "k": 5}, {"n": 4, "h": 16, "k": 5}, {"n": 8, "h": 16, "k": 5}]
+        assert Signature((), (), {"n": DimRange(1, 8)}).profile() == []
+        assert Signature((), (), {"n": DimRange(4, 4, opt=4)}).profile() == [{"n": 4}]
+
+    def test_they_are_kept_and_shown(self):
+        signature = Signature((TensorSpec("x", "float32", ("n",)),), (), {"n": DimRange(1, 8, opt=4)})
+        assert Signature.from_json(signature.to_json()) == signature
+        assert str(signature.dims["n"]) == "1..4..8"

@@ -10,7 +10,7 @@ from torchferry.core.target import PRECISIONS, Target
 def test_defaults_and_an_engine_that_is_not_here() -> None:
     assert Target() == Target("onnxruntime", precision="fp32", device="cpu", opset=None)
     assert str(Target("tensorrt", precision="fp16")) == "tensorrt-fp16"
-    assert len({Target(), Target(), Target(opset=18)}) == 2
+    assert len({Target(), Target(), Target(opset=18), Target(options={"limit": 1})}) == 3
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,8 @@ def test_defaults_and_an_engine_that_is_not_here() -> None:
         ({"precision": "double"}, ["'double'", "known: 'bf16', 'fp16', 'fp32', 'int8'"]),
         ({"opset": 0}, ["opset", "0"]),
         ({"opset": -3}, ["opset", "-3"]),
+        ({"options": {"max_workspace_size": "1G"}}, ["'max_workspace_size'", "'1G'"]),
+        ({"options": {"max_workspace_size": -1}}, ["'max_workspace_size'", "-1"]),
     ],
 )
 def test_refused(options: dict[str, object], words: list[str]) -> None:

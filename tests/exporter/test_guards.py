@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import torchferry as ferry
+from torchferry.core.dimension import Dimension
 from torchferry.core.errors import ConfigError, FrozenDimensionError, InputError
 from torchferry.core.target import Target
 
@@ -27,6 +28,11 @@ class Larger(nn.Module):
 class Squeeze(nn.Module):
     def forward(self, x):
         return x.squeeze(0) + 1
+
+
+class Add(nn.Module):
+    def forward(self, x, y):
+        return x + y
 
 
 class PlusOne(nn.Module):
@@ -146,6 +152,46 @@ class TestRelations:
         np.testing.assert_array_equal(only(opened(exported).run({"x": x})), x.reshape(3, 1, 5))
         assert only(opened(exported).run({"x": ones(1, 5, 9, 9)})).shape == (1, 9, 5)
 
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_caution_about_maps_that_shrink_is_settled_map_by_map(self, opened, bias):
+        """What refuses the larger maps' sizes refuses the smaller ones' too; torch writes ``… != 1`` or ``1 < …``."""
+
+        class Pyramid(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, 2, 1, bias=bias) for _ in range(5))
+                self.last = nn.Conv2d(4, 1, 3, padding=1, bias=bias)
+
+            def forward(self, x):
+                maps = []
+                for conv in self.convs:
+                    x = conv(x)
+                    each = self.last(x).permute(0, 2, 3, 1) if bias else x.permute(0, 2, 3, 1)
+                    maps.append(each.reshape(x.shape[0], -1, each.shape[-1]))
+                return torch.cat(maps, 1)
+
+        net = Pyramid().eval()
+        exported = ferry.export(net, torch.rand(2, 4, 64, 96), dynamic_shapes={"x": {0: "n", 2: "h", 3: "w"}})
+        assert exported.signature.relations == ()
+        assert "dimensions-related" not in {finding.code for finding in exported.report.findings}
+        session = opened(exported)
+        for size in ((1, 4, 1, 1), (3, 4, 2, 1), (2, 4, 5, 30), (1, 4, 100, 3)):
+            x = torch.rand(size)
+            got = only(session.run({"x": x.numpy()}))
+            np.testing.assert_allclose(got, net(x).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+    def test_a_branch_on_a_computed_size_above_one_is_a_relation(self, opened):
+        class Area(nn.Module):
+            def forward(self, x):
+                return x + 1 if x.shape[0] * x.shape[1] // 4 > 1 else x + 2
+
+        exported = ferry.export(Area(), torch.rand(8, 4), dynamic_shapes={"x": {0: "h", 1: "w"}})
+        session = opened(exported)
+        np.testing.assert_array_equal(only(session.run({"x": ones(2, 4)})), 2 * ones(2, 4))
+        for size in ((1, 1), (1, 7), (7, 1)):
+            with pytest.raises(InputError, match="1 < .* // 4"):
+                session.run({"x": ones(*size)})
+
     def test_a_branch_on_a_computed_size_of_one_is_a_relation(self, opened):
         class Area(nn.Module):
             def forward(self, x):
@@ -169,10 +215,6 @@ class TestRelations:
             session.run({"x": ones(5), "y": ones(6)})
 
     def test_dimensions_that_the_model_ties_together_are_one(self, opened):
-        class Add(nn.Module):
-            def forward(self, x, y):
-                return x + y
-
         arguments = (torch.rand(4, 2), torch.rand(4, 2))
         exported = ferry.export(Add().eval(), arguments, dynamic_shapes={"x": {0: "a"}, "y": {0: "b"}})
         assert any(f.code == "dimension-bound" for f in exported.report.findings)
@@ -269,6 +311,7 @@ class TestDeclaring:
             {"x": ("n", None)},
             {"x": {-2: "n"}},
             {"x": {0: torch.export.Dim("n")}},
+            {"x": {0: Dimension("n")}},
             [{0: "n"}],
         ],
     )
@@ -290,9 +333,45 @@ class TestDeclaring:
             with pytest.raises(InputError):
                 session.run({"x": ones(size, 5)})
 
+    def test_one_name_with_two_ranges_is_refused(self):
+        shapes = {"x": {0: "n=1..8"}, "y": {0: "n=1..9"}}
+        with pytest.raises(ConfigError, match=r"two ranges, n=1\.\.8 and n=1\.\.9"):
+            ferry.export(Add().eval(), (torch.rand(4, 2), torch.rand(4, 2)), dynamic_shapes=shapes)
+
+    @pytest.mark.parametrize(("text", "opt"), [("n=3..6", None), ("n=3..5..6", 5)])
+    def test_a_name_may_have_sizes(self, opened, text, opt):
+        exported = ferry.export(PlusOne().eval(), torch.rand(4, 5), dynamic_shapes={"x": {0: text}})
+        allowed = exported.signature.dims["n"]
+        assert (allowed.min, allowed.max, allowed.opt) == (3, 6, opt)
+        with pytest.raises(InputError):
+            opened(exported).run({"x": ones(7, 5)})
+
+    @pytest.mark.parametrize("text", ["n=1..1", "n=0..1", "n=1..1..8"])
+    def test_a_range_may_have_the_size_one_or_nothing_else(self, opened, text):
+        exported = ferry.export(PlusOne().eval(), torch.rand(1, 5), dynamic_shapes={"x": {0: text}})
+        assert exported.report.passed, exported.report.to_text()
+        declared = Dimension.parse(text)
+        session = opened(exported)
+        session.run({"x": ones(1, 5)})
+        for size in (0, 1, 2, 8, 9):
+            if size in declared:
+                session.run({"x": ones(size, 5)})
+            else:
+                with pytest.raises(InputError):
+                    session.run({"x": ones(size, 5)})
+
+    def test_sizes_said_once_hold_wherever_the_name_stands(self):
+        shapes = {"x": {0: "n"}, "y": {0: "n=2..8"}}
+        exported = ferry.export(Add().eval(), (torch.rand(4, 2), torch.rand(4, 2)), dynamic_shapes=shapes)
+        assert (exported.signature.dims["n"].min, exported.signature.dims["n"].max) == (2, 8)
+
     @pytest.mark.parametrize(
         ("declared", "message"),
         [
+            ({"x": {0: "n=1-8"}}, "'n=1-8' cannot name a dimension"),
+            ({"x": {0: "n=4..8"}}, "axis 0 of 'x' is 3 in the example, outside of n=4..8"),
+            ({"x": {0: "n=8..4"}}, "must rise"),
+            ({"x": {0: "n=1..4", 1: "n=1..8"}}, "'n' is 3 at"),
             ({"y": {0: "n"}}, "unknown input 'y'"),
             ({"x": {2: "n"}}, "no axis 2"),
             ({"x": {0: "batch size"}}, "cannot name"),

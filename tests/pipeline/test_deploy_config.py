@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from torchferry import backends
 from torchferry.cli.model_flags import add_model_flags, parse_dynamic, read_config
-from torchferry.core.errors import ConfigError, MissingFileError
+from torchferry.core.errors import ConfigError, MissingBackendError, MissingFileError
+from torchferry.core.target import Target
 from torchferry.pipeline.config import merge, read_toml, toml_value, validate
 
 
@@ -186,3 +188,70 @@ def test_all_problems_are_told_at_once():
     assert message.startswith("x.toml: ")
     for part in ("unknown key 'imputs' (did you mean 'inputs'", "'inputs' is missing", "'out'"):
         assert part in message
+
+
+def _backend(**backend):
+    values = {"out": "out", "inputs": ["x=1"], "model": {"factory": "m:f"}, "backend_config": backend}
+    return validate(values, "x.toml")
+
+
+@pytest.mark.parametrize(
+    ("backend", "target"),
+    [
+        ({}, Target()),
+        ({"type": "reference", "precision": "FP16"}, Target("reference", "fp16")),
+        ({"common_config": {"fp16_mode": True}}, Target(precision="fp16")),
+        ({"common_config": {"fp16_mode": False, "int8_mode": False}, "precision": "bf16"}, Target(precision="bf16")),
+        ({"common_config": {"fp16_mode": True, "int8_mode": True}}, Target(precision="int8")),
+        ({"common_config": {"fp16_mode": True}, "precision": "fp16"}, Target(precision="fp16")),
+        ({"common_config": {"precision": "fp16", "keep_io_types": False}}, Target(precision="fp16")),
+    ],
+)
+def test_mmdeploys_section_names_a_target(backend, target):
+    assert _backend(**backend).engines() == [target]
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ({"typ": "reference"}, "unknown key 'backend_config.typ' .did you mean 'type'"),
+        ({"precision": "FP8"}, "'backend_config.precision'"),
+        ({"precision": "fp32", "common_config": {"fp16_mode": True}}, "precision is fp32, but common_config.fp16_mode"),
+        ({"model_inputs": [{"input_shapes": {"x": {"min_shap": [1]}}}]}, "x.min_shap' .did you mean 'min_shape'"),
+        ({"model_inputs": [{"input_shapes": {"x": {"min_shape": "1"}}}]}, "x.min_shape'"),
+    ],
+)
+def test_what_is_wrong_in_mmdeploys_section_is_named(backend, message):
+    with pytest.raises(ConfigError, match=message):
+        _backend(**backend)
+
+
+def test_an_engine_of_mmdeploy_that_is_not_ours():
+    with pytest.raises(MissingBackendError, match="unknown backend 'torchscript'"):
+        _backend(type="torchscript").engines()
+
+
+def test_targets_and_backend_config_exclude_each_other(place):
+    _write(main='out = "out"\ninputs = ["x=1"]\nmodel = {factory = "m:f"}\nbackend_config = {type = "reference"}\n')
+    assert _from_flags("main.toml").engines() == [Target("reference")]
+    assert _from_flags("main.toml", "--target", "onnxruntime").engines() == [Target()]
+    assert _from_flags("main.toml", "--precision", "fp16").engines() == [Target("reference", "fp16")]
+    with pytest.raises(ConfigError, match="--opset has no effect beside backend_config"):
+        _from_flags("main.toml", "--opset", "18")
+    with pytest.raises(ConfigError, match="main.toml: 'targets' and 'backend_config' are two ways"):
+        _from_flags("main.toml", "--set", "targets=[{backend = 'reference'}]")
+
+
+def test_options_reach_the_engine_that_has_them_and_the_rest_is_said():
+    common = {"max_workspace_size": 1 << 30, "log_level": 2}
+    config = _backend(common_config=common, use_vulkan=True, mo_options={"args": {}}, model_inputs=[{}, {}])
+    assert config.engines() == [Target()]
+    said = {f.message.split("'")[1].removeprefix("backend_config."): f.message for f in config.findings()}
+    assert said.keys() == {"common_config.max_workspace_size", "common_config.log_level", "use_vulkan", "mo_options",
+        "model_inputs.1"}  # fmt: skip
+    assert "'onnxruntime' has no such option" in said["common_config.log_level"]
+    if not backends.get("tensorrt-rtx").availability().ok:
+        pytest.skip("tensorrt-rtx is not installed")
+    config = _backend(type="tensorrt-rtx", common_config=common)
+    assert config.engines() == [Target("tensorrt-rtx", options={"max_workspace_size": 1 << 30})]
+    assert [f.message.split("'")[1] for f in config.findings()] == ["backend_config.common_config.log_level"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from torchferry.core.dimension import Dimension
 from torchferry.core.errors import ConfigError, InputError, ModelError
 from torchferry.pipeline.config import validate
 from torchferry.pipeline.loading import load_source
@@ -118,3 +119,55 @@ def test_refused(inputs, sections, error, message):
     np.savez("text.npz", x=np.array(["a"]))
     with pytest.raises(error, match=message):
         _load(*inputs, **sections)
+
+
+def _declared(shapes, *, dynamic=None, model_inputs=None, names=("image",)):
+    backend = {"model_inputs": model_inputs or [{"input_shapes": {"image": shapes}}]}
+    export = {"input_names": list(names), "dynamic": dynamic or {"image": {0: "n", 3: "w"}}}
+    return _load("red.png", export=export, backend_config=backend).source.dynamic_shapes
+
+
+SHAPES = {"min_shape": [1, 3, 2, 2], "opt_shape": [2, 3, 2, 4], "max_shape": [8, 3, 2, 6]}
+RANGED = {"image": {0: Dimension("n", 1, 8, opt=2), 3: Dimension("w", 2, 6, opt=4)}}
+
+
+def test_shapes_are_the_sizes_of_the_named_axes():
+    assert _declared(SHAPES) == RANGED
+    assert _declared(SHAPES, dynamic={"x": {0: "n", 3: "w"}}) == RANGED  # forward's own name
+    from_the_end = _declared(SHAPES, dynamic={"image": {0: "n", -1: "w"}})
+    assert from_the_end == {"image": {0: RANGED["image"][0], -1: RANGED["image"][3]}}
+    without_optimum = _declared({key: SHAPES[key] for key in ("min_shape", "max_shape")})
+    assert without_optimum == {"image": {0: Dimension("n", 1, 8, opt=4), 3: Dimension("w", 2, 6, opt=4)}}
+    usual = _declared({}, model_inputs=[{"opt_shapes": {"image": [2, 3, 2, 4]}}])
+    assert usual == {"image": {0: Dimension("n", opt=2), 3: Dimension("w", opt=4)}}
+    assert _declared({}, model_inputs=[{}]) == {"image": {0: Dimension("n"), 3: Dimension("w")}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"min_shape": [1, 3, 2]},
+            r"image\.min_shape' has 3 sizes, \[1, 3, 2\], the example of 'image' \[1, 3, 2, 4\]",
+        ),
+        ({"max_shape": [8, 3, 9, 6]}, r"image\.max_shape' has 9 at axis 2, which is not dynamic and 2 in the example"),
+        ({"opt_shape": [2, 4, 2, 4]}, r"image\.opt_shape' has 4 at axis 1"),
+        ({"opt_shape": [9, 3, 2, 4]}, r"input_shapes\.image': the sizes of 'n' must rise.*min 1, opt 9, max 8"),
+        ({"min_shape": [9, 3, 2, 2]}, r"input_shapes\.image': the sizes of 'n' must rise"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_by_key(changed, message):
+    with pytest.raises(ConfigError, match=r"'backend_config\.model_inputs\.0\..*" + message) as caught:
+        _declared({**SHAPES, **changed})
+    if "not dynamic" in message:
+        assert "name the axis in export.dynamic" in caught.value.hint
+
+
+def test_shapes_of_what_is_no_input_and_sizes_said_twice_are_refused():
+    with pytest.raises(ConfigError, match=r"opt_shapes\.imag': the graph has no input 'imag'"):
+        _declared({}, model_inputs=[{"opt_shapes": {"imag": [1, 3, 2, 4]}}])
+    with pytest.raises(ConfigError, match="says sizes of 'n', and so does 'n=1..8'"):
+        _declared(SHAPES, dynamic={"image": {0: "n=1..8", 3: "w"}})
+    both = [{"input_shapes": {"image": SHAPES}, "opt_shapes": {"image": SHAPES["opt_shape"]}}]
+    with pytest.raises(ConfigError, match="'image' stands in input_shapes and in opt_shapes"):
+        _declared({}, model_inputs=both)

@@ -82,12 +82,22 @@ def compile(graph: Any, target: Target, folder: str | PathLike[str], *, overwrit
     return dataclasses.replace(engine, folder=Path(folder))
 
 
+def options(name: str) -> tuple[str, ...] | None:
+    """Return the names that ``Target.options`` may have for an engine; None if it is not installed.
+
+    Raises:
+        MissingBackendError: If no backend has this name.
+    """
+    backend = get(name)
+    return backend.capabilities().options if backend.availability().ok else None
+
+
 def check_target(target: Target) -> None:
     """Check, before any work, that an engine can do what a target asks.
 
     Raises:
         MissingBackendError: If the engine is unknown or not installed.
-        UnsupportedError: If it cannot compute in this precision here.
+        UnsupportedError: If it cannot compute in this precision here, or does not have the device or an option.
     """
     backend = get(target.backend)
     available = backend.availability()
@@ -103,3 +113,7 @@ def check_target(target: Target) -> None:
     if target.device != Target.device and not target.device.startswith(capabilities.devices or ("\0",)):
         known = " or ".join(f"'{name}'" for name in capabilities.devices or (Target.device,))
         raise UnsupportedError(f"'{target.backend}' runs on {known} here, not on '{target.device}'")
+    for name in target.options:
+        if name not in capabilities.options:
+            hint = did_you_mean(name, capabilities.options)
+            raise UnsupportedError(f"'{target.backend}' has no option '{name}'", hint=hint)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchferry.core.dimension import Dimension
 from torchferry.core.errors import ConfigError
 from torchferry.core.target import DEFAULT_BACKEND, Target
 
@@ -26,8 +26,8 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--range",
         action="append",
-        metavar="NAME=MIN..MAX",
-        help="sizes of a dynamic dimension, such as batch=1..8; repeatable",
+        metavar="NAME=MIN[..OPT]..MAX",
+        help="sizes of a dynamic dimension, such as batch=1..8, or with the usual one, batch=1..4..8; repeatable",
     )
     parser.add_argument("-o", "--out", metavar="FOLDER", required=True, help="the package's folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     from torchferry.pipeline.steps import Steps
 
     target = Target(options.backend, options.precision, options.device)
-    ranges = dict(map(_range, options.range or ()))
+    ranges = [_range(text) for text in options.range or ()]
     backends.check_target(target)
     check_free(Path(options.out), overwrite=options.overwrite, marker=MANIFEST_FILE)
     steps = Steps(terminal)
@@ -59,9 +59,9 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     return 0
 
 
-def _range(text: str) -> tuple[str, tuple[int, int]]:
-    """Read ``batch=1..8``."""
-    found = re.fullmatch(r"(.+)=(\d+)\.\.(\d+)", text)
-    if found is None:
-        raise ConfigError(f"--range '{text}' must look like batch=1..8")
-    return found[1], (int(found[2]), int(found[3]))
+def _range(text: str) -> Dimension:
+    """Read ``batch=1..8`` or ``batch=1..4..8``."""
+    dim = Dimension.parse(text)
+    if dim.is_bare:
+        raise ConfigError(f"--range '{text}' must look like batch=1..8 or batch=1..4..8")
+    return dim

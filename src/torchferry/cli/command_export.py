@@ -52,7 +52,6 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
                 f"--{flag.replace('_', '-')} needs a deploy config, a model config, a checkpoint and a picture",
                 hint="torchferry export DEPLOY_CFG MODEL_CFG CHECKPOINT IMAGE --work-dir FOLDER",
             )
-    from torchferry.core.target import Target
     from torchferry.pipeline.deploy import load_model_and_data, tolerance_of
     from torchferry.pipeline.export import export
     from torchferry.pipeline.parts import export_parts
@@ -63,13 +62,14 @@ def run(options: argparse.Namespace, terminal: Terminal) -> int:
     steps = Steps(terminal)
     loaded = load_model_and_data(config, steps)
     with steps.step("export") as step:
-        target = Target(**config.targets[0].model_dump())
+        target = config.engines()[0]
         partition = config.partition_config
         marks = options.marks or (partition is not None and partition.apply_marks)
         exported = export(loaded.source, target=target, apply_marks=marks)
         step.detail = str(exported)
-    terminal.findings(exported.report.findings)
-    report, text = exported.report.raise_for_failure(), options.out
+    report, text = exported.report.with_findings(config.findings()), options.out
+    terminal.findings(report.findings)
+    report.raise_for_failure()
     if partition is not None:
         tolerance = tolerance_of(config, target)
         parts = export_parts(

@@ -192,7 +192,6 @@ def _certify(options: argparse.Namespace, terminal: Terminal) -> int:
 def _bisect(options: argparse.Namespace, terminal: Terminal) -> int:
     import json
 
-    from torchferry.core.target import Target
     from torchferry.pipeline.bisect import bisect
     from torchferry.pipeline.deploy import load_model_and_data
     from torchferry.pipeline.emulation import emulate
@@ -204,7 +203,7 @@ def _bisect(options: argparse.Namespace, terminal: Terminal) -> int:
     config = _config(options)
     steps = Steps(terminal)
     loaded = load_model_and_data(config, steps)
-    engine: Any = emulate if is_emulated else Target(**config.targets[0].model_dump())
+    engine: Any = emulate if is_emulated else config.engines()[0]
     found = bisect(loaded.source, engine, loaded.calls, steps=steps)
     terminal.result(str(found), {**json.loads(found.to_json()), "steps": steps.done})
     return 0 if found.passed else 1

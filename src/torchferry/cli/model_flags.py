@@ -31,7 +31,8 @@ def add_model_flags(parser: argparse.ArgumentParser, config: str = "CONFIG") -> 
         "--dynamic",
         action="append",
         metavar="INPUT:AXIS=NAME,…",
-        help="dynamic dimensions, such as image:0=batch,2=height,3=width or image:0=batch=1..8; repeatable",
+        help="dynamic dimensions, such as image:0=batch,2=height,3=width, with sizes image:0=batch=1..8, "
+        "with the usual one image:0=batch=1..4..8; repeatable",
     )
     graph.add_argument("--target", "--backend", dest="target", metavar="ENGINE", help=f"default: {DEFAULT_BACKEND}")
     graph.add_argument("--precision", help="fp32 (default), fp16, bf16 or int8")
@@ -91,7 +92,12 @@ def _from_flags(options: argparse.Namespace, config: dict[str, Any]) -> dict[str
         put("export.dynamic", {name: axes})  # the name itself may hold a dot
     target = {"backend": options.target, "precision": options.precision, "opset": options.opset}
     target = {key: value for key, value in target.items() if value is not None}
-    if target:
+    if target and "backend_config" in config:
+        if "opset" in target:
+            raise ConfigError("--opset has no effect beside backend_config", hint="name the engine in [[targets]]")
+        put("backend_config.type", options.target)
+        put("backend_config.precision", options.precision)
+    elif target:
         targets = config.get("targets")
         first = targets[0] if isinstance(targets, list) and targets and isinstance(targets[0], dict) else {}
         put("targets", [{**first, **target}])

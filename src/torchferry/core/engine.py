@@ -60,6 +60,7 @@ class Capabilities:
         dynamic_shapes: True if one compiled engine runs at many sizes.
         general: False if it takes some graphs only, so that nothing is run on it unless somebody named it.
         devices: The names that ``Target.device`` may have besides the default, or how they begin.
+        options: The names that ``Target.options`` may have.
     """
 
     precisions: tuple[str, ...]
@@ -67,6 +68,7 @@ class Capabilities:
     dynamic_shapes: bool
     general: bool = True
     devices: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,17 @@ import functools
 import json
 from collections.abc import Mapping  # noqa: TC003 - pydantic reads the annotations
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchferry.core.errors import ConfigError, InputError, did_you_mean
 from torchferry.core.expressions import Expression
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from torchferry.core.dimension import Dimension
 
 
 @dataclass(frozen=True)
@@ -66,19 +71,21 @@ class DimRange:
         max: The largest size, inclusive; None for no bound.
         excluded: Sizes from 0 up that are refused although no bound of the model says so, each with its reason.
         where: The user's line that set the bounds, if the model did.
+        opt: The size that it will mostly have, if the user said so: engines that choose kernels by a size take this.
     """
 
     min: int = 0
     max: int | None = None
     excluded: Mapping[int, str] = field(default_factory=dict)
     where: str | None = None
+    opt: int | None = None
 
     def __contains__(self, size: int) -> bool:
         return self.min <= size and (self.max is None or size <= self.max) and size not in self.excluded
 
     def __str__(self) -> str:
-        upper = "" if self.max is None else str(self.max)
-        text = f"{self.min}..{upper}"
+        usual = "" if self.opt is None or self.max is None else f"{self.opt}.."
+        text = f"{self.min}..{usual}{'' if self.max is None else self.max}"
         inside = [size for size in sorted(self.excluded) if size >= self.min]
         return text + (f" without {', '.join(map(str, inside))}" if inside else "")
 
@@ -143,25 +150,35 @@ class Signature:
         """Names of the outputs in the graph's order."""
         return tuple(spec.name for spec in self.outputs)
 
-    def narrowed(self, ranges: Mapping[str, tuple[int, int]]) -> Signature:
+    def narrowed(self, wanted: Iterable[Dimension]) -> Signature:
         """Return the signature with narrower ranges, for engines that want a largest size.
 
         Args:
-            ranges: For a dimension's name its smallest and its largest size, both inclusive.
+            wanted: Dimensions of the graph with the sizes that they shall have.
 
         Raises:
             ConfigError: If there is no such dimension, or nothing of its range is left.
         """
         dims = dict(self.dims)
-        for name, (least, most) in ranges.items():
-            if name not in dims:
-                raise ConfigError(f"the graph has no dynamic dimension '{name}'", hint=did_you_mean(name, dims))
-            known = dims[name]
-            upper = most if known.max is None else min(known.max, most)
-            dims[name] = replace(known, min=max(known.min, least), max=upper)
-            if dims[name].min > upper:
-                raise ConfigError(f"no size of '{name}' is in {least}..{most} and in {known} as well")
+        for dim in wanted:
+            if dim.name not in dims:
+                raise ConfigError(f"the graph has no dynamic dimension '{dim.name}'", hint=did_you_mean(dim.name, dims))
+            known = dims[dim.name]
+            lower = known.min if dim.min is None else max(known.min, dim.min)
+            upper = min((size for size in (known.max, dim.max) if size is not None), default=None)
+            if upper is not None and lower > upper:
+                raise ConfigError(f"no size of '{dim.name}' is in {dim} and in {known} as well")
+            dims[dim.name] = replace(known, min=lower, max=upper, opt=known.opt if dim.opt is None else dim.opt)
         return replace(self, dims=dims)
+
+    def profile(self) -> list[dict[str, int]]:
+        """Return the smallest, the usual and the largest sizes of the dimensions whose usual one the user said."""
+        usual = {name: allowed.opt for name, allowed in self.dims.items() if allowed.opt is not None}
+        ranges = {name: (self.dims[name].min, self.dims[name].max) for name in usual}
+        bounded = {name: (least, most) for name, (least, most) in ranges.items() if most is not None}
+        least, most = ({name: ends[end] for name, ends in bounded.items()} for end in (0, 1))
+        profile = [{**usual, **least}, usual, {**usual, **most}] if usual else []
+        return [sizes for place, sizes in enumerate(profile) if sizes not in profile[:place]]
 
     def sizes_of(self, arrays: Mapping[str, Any]) -> dict[str, int]:
         """Read the size of every named dimension off the arrays, checking names, dtypes, ranks and fixed sizes.

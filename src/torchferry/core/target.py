@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping  # noqa: TC003 - pydantic reads the annotations
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from torchferry.core.errors import ConfigError, did_you_mean
@@ -23,9 +24,11 @@ class Target:
         precision: What the engine computes in.
         device: Where it runs, ``cpu`` or a device string of the engine.
         opset: The opset of the default ONNX domain; None lets the exporter choose.
+        options: Numbers by the engine's own names, such as the bytes of its ``max_workspace_size``; what there are is
+            in its ``Capabilities``.
 
     Raises:
-        ConfigError: If the precision is unknown or the opset is not a positive number.
+        ConfigError: If the precision is unknown, the opset is not a positive number, or an option no number from 0 up.
 
     >>> str(Target("onnxruntime"))
     'onnxruntime-fp32'
@@ -35,12 +38,16 @@ class Target:
     precision: Precision = "fp32"
     device: str = "cpu"
     opset: int | None = None
+    options: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ConfigError(f"unknown precision '{self.precision}'", hint=did_you_mean(self.precision, PRECISIONS))
         if self.opset is not None and self.opset < 1:
             raise ConfigError(f"opset must be a positive number, got {self.opset}")
+        for name, value in self.options.items():
+            if not isinstance(value, int) or value < 0:
+                raise ConfigError(f"option '{name}' must be a number from 0 up, got {value!r}")
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.precision}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from torchferry.core.dimension import Dimension
 from torchferry.core.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -20,22 +20,7 @@ if TYPE_CHECKING:
     from torchferry.exporter.inputs import Call, InputNames
 
 
-@dataclass(frozen=True)
-class Declared:
-    """One axis that the user wants dynamic.
-
-    Attributes:
-        name: The dimension's name.
-        min: Lower bound that the user gave, if any.
-        max: Upper bound that the user gave, if any.
-    """
-
-    name: str
-    min: int | None = None
-    max: int | None = None
-
-
-Dynamic = dict[str, dict[int, Declared]]  # by input name, then axis
+Dynamic = dict[str, dict[int, Dimension]]  # by input name, then axis
 
 
 def declared_dimensions(dynamic_shapes: Any, names: InputNames, tensors: Mapping[str, torch.Tensor]) -> Dynamic:
@@ -43,13 +28,15 @@ def declared_dimensions(dynamic_shapes: Any, names: InputNames, tensors: Mapping
 
     Args:
         dynamic_shapes: By input name (the chosen one or the parameter's), or a sequence in their order. A value is
-            ``{axis: dim}`` or one entry an axis; a dim is a name, a ``torch.export.Dim``, ``Dim.AUTO``,
-            ``Dim.DYNAMIC``, or None for a fixed size.
+            ``{axis: dim}`` or one entry an axis; a dim is a name, ``name=min..max``,
+            ``name=min..opt..max``, a ``Dimension``, a ``torch.export.Dim``, ``Dim.AUTO``, ``Dim.DYNAMIC``, or None for
+            a fixed size.
         names: The inputs' names.
         tensors: The example.
 
     Raises:
-        ConfigError: If an input, an axis or a name does not exist or cannot be used, or one name has two sizes.
+        ConfigError: If an input, an axis or a name does not exist or cannot be used, one name has two sizes or two
+            ranges, or the example lies outside a range.
     """
     if dynamic_shapes is None:
         return {}
@@ -58,6 +45,7 @@ def declared_dimensions(dynamic_shapes: Any, names: InputNames, tensors: Mapping
     alias = dict(zip(names.parameter_names, names.names, strict=True))
     declared: Dynamic = {}
     sizes: dict[str, tuple[int, str]] = {}
+    ranges: dict[str, Dimension] = {}
     for key, axes in dynamic_shapes.items():
         name = alias.get(key, key) if key not in names.names else key
         if name not in names.names:
@@ -73,8 +61,24 @@ def declared_dimensions(dynamic_shapes: Any, names: InputNames, tensors: Mapping
                     f"'{entry.name}' is {known} at {place} but {size} at axis {axis} of '{name}' in the example",
                     hint="give the two axes different names, or an example in which they agree",
                 )
+            ranges[entry.name] = _same_range(ranges.get(entry.name, entry), entry)
+            if size not in entry:
+                raise ConfigError(
+                    f"axis {axis} of '{name}' is {size} in the example, outside of {entry}",
+                    hint="give an example of a size that the graph is for",
+                )
             declared.setdefault(name, {})[axis] = entry
-    return declared
+    return {name: {axis: ranges[entry.name] for axis, entry in axes.items()} for name, axes in declared.items()}
+
+
+def _same_range(known: Dimension, other: Dimension) -> Dimension:
+    if other.is_bare or known == other:
+        return known
+    if known.is_bare:
+        return other
+    raise ConfigError(
+        f"one dimension has two ranges, {known} and {other}", hint="give the axes different names, or say it once"
+    )
 
 
 def _axes(axes: Any, rank: int, name: str) -> dict[int, Any]:
@@ -92,18 +96,22 @@ def _axes(axes: Any, rank: int, name: str) -> dict[int, Any]:
     return {axis % rank: dim for axis, dim in axes.items()}
 
 
-def _declared(dim: Any, name: str, axis: int) -> Declared | None:
+def _declared(dim: Any, name: str, axis: int) -> Dimension | None:
     if dim is None or dim is Dim.STATIC or isinstance(dim, int):
         return None
     if dim is Dim.AUTO or dim is Dim.DYNAMIC:
-        return Declared(re.sub(r"\W", "_", f"{name}_dim_{axis}"))
+        return Dimension(re.sub(r"\W", "_", f"{name}_dim_{axis}"))
+    if isinstance(dim, Dimension):
+        return dim
     if isinstance(dim, Dim):
         upper = dim.max if isinstance(dim.max, int) and dim.max < sys.maxsize - 1 else None
-        return Declared(dim.__name__, min=dim.min or None, max=upper)
+        return Dimension(dim.__name__, min=dim.min or None, max=upper)
     if isinstance(dim, str):
-        if not dim.isidentifier():
-            raise ConfigError(f"'{dim}' cannot name a dimension", hint="use letters, digits and _, such as 'batch'")
-        return Declared(dim)
+        declared = Dimension.parse(dim)
+        if not declared.name.isidentifier():
+            hint = "use letters, digits and _, such as 'batch', and sizes such as 'batch=1..8' or 'batch=1..4..8'"
+            raise ConfigError(f"'{dim}' cannot name a dimension", hint=hint)
+        return declared
     raise ConfigError(f"dynamic_shapes: {dim!r} is neither a name nor a torch.export.Dim")
 
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import FrameType
 
-    from torchferry.exporter.dimensions import Declared, Dynamic
+    from torchferry.core.dimension import Dimension
+    from torchferry.exporter.dimensions import Dynamic
     from torchferry.exporter.inputs import InputNames
 
 _BOUNDED_HINT = "other sizes are refused at run time; export with an example on the other side if you need them"
@@ -114,9 +115,9 @@ def read_dimensions(program: torch.export.ExportedProgram, names: InputNames, de
         return Dimensions({}, {}, (), ())
     symbols: dict[str, str] = {}
     owners: dict[str, Any] = {}
-    bounds: dict[str, Declared] = {}
+    bounds: dict[str, Dimension] = {}
     findings: list[Finding] = []
-    derived: list[tuple[str, int, Declared, Any]] = []
+    derived: list[tuple[str, int, Dimension, Any]] = []
     for name, axes in declared.items():
         for axis, want in axes.items():
             expr = shapes[name][axis].node.expr
@@ -204,7 +205,7 @@ def _bound(name: str, axis: int, dim: str, to: str) -> Finding:
     )
 
 
-def _range(dim: str, symbol: Any, env: ShapeEnv, want: Declared) -> tuple[DimRange, list[Finding]]:
+def _range(dim: str, symbol: Any, env: ShapeEnv, want: Dimension) -> tuple[DimRange, list[Finding]]:
     """Read one dimension's bounds. Sizes 0 and 1 stay out until they have been run, unless the model rules on them."""
     traced = env.var_to_range[symbol]
     slocs = env.var_to_range_sloc.get(symbol)
@@ -235,7 +236,7 @@ def _range(dim: str, symbol: Any, env: ShapeEnv, want: Declared) -> tuple[DimRan
         upper = want.max if upper is None else min(upper, want.max)
     if upper is None or upper > max(_SPECIAL):
         lower = max(lower, max(_SPECIAL) + 1)
-    return DimRange(lower, upper, excluded, where), findings
+    return DimRange(lower, upper, excluded, where, want.opt), findings
 
 
 def _is_models(sloc: Any) -> bool:

@@ -15,10 +15,11 @@ from torchferry.core.engine import platform_versions
 from torchferry.core.errors import ConfigError, InputError, MissingBackendError, OutputError
 from torchferry.core.files import new_files, output_errors
 from torchferry.core.report import Finding, Report
+from torchferry.core.sections import read_section
 from torchferry.core.target import Precision, Target
 from torchferry.partitioning import find_policy, plan_partition, split
 from torchferry.pipeline.chain import Chain, compile_parts
-from torchferry.pipeline.config import PartitionSection, read_section, read_toml
+from torchferry.pipeline.config import PartitionSection, read_toml
 from torchferry.pipeline.deploy import verify_at
 from torchferry.pipeline.export import export
 from torchferry.pipeline.parts import export_parts
@@ -92,7 +93,9 @@ def export_codebase(
         save_file = deploy.onnx_config.save_file
         if Path(save_file).name != save_file:
             raise ConfigError(f"onnx_config.save_file must be the name of a file, got '{save_file}'")
-    target, unavailable = _verifying_target(dataclasses.replace(deploy.target, device=device))
+    target, unavailable = _verifying_target(
+        dataclasses.replace(deploy.target, device=device, precision=deploy.verified_in)
+    )
     prepared = _prepared(deploy, model_config, checkpoint, picture, unsafe_checkpoint, steps)
     cfg = deploy.model_dump()
     marks = section is not None and section.apply_marks
@@ -106,12 +109,12 @@ def export_codebase(
     with new_files(out) as partial:
         reports = [exported.report.with_findings((*prepared.findings, *unavailable))]
         if exported.report.passed:
-            reports.insert(0, _verified(exported, prepared, deploy, target, steps))
+            reports.insert(0, _verified(exported, prepared, target, steps))
         if section is not None and all(report.passed for report in reports):
             library = prepared.config.library
             asked = _parts_asked(section, library)
             if _SELECTION in str(asked):
-                parts = _selected_parts(exported, asked, partial, prepared.source, deploy, target, steps)
+                parts = _selected_parts(exported, asked, partial, prepared.source, target, steps)
             else:
                 parts = export_parts(
                     exported,
@@ -179,9 +182,7 @@ def _verifying_target(target: Target) -> tuple[Target, list[Finding]]:
     return other, [finding]
 
 
-def _verified(
-    exported: Exported, prepared: Prepared, deploy: CodebaseDeployConfig, target: Target, steps: Steps
-) -> Report:
+def _verified(exported: Exported, prepared: Prepared, target: Target, steps: Steps) -> Report:
     """Compare the whole with what the library itself gives, on the picture and at other sizes."""
     from torchferry.codebases.openmmlab.detectors import Detector
 
@@ -193,7 +194,7 @@ def _verified(
             return verify_at(steps, engine, source, None, None, None)
         with steps.step(f"verify {target}") as step:
             with engine.open() as session:
-                report = _verified_detections(session.run, engine, source, deploy)
+                report = _verified_detections(session.run, engine, source)
             step.detail = "; ".join(f"{case}: {words}" for case, words in report.facts["detections"].items())
     return report
 
@@ -211,7 +212,6 @@ def _selected_parts(
     asked: list[dict[str, Any]],
     folder: Path,
     source: Source,
-    deploy: CodebaseDeployConfig,
     target: Target,
     steps: Steps,
 ) -> Report:
@@ -225,7 +225,7 @@ def _selected_parts(
     with tempfile.TemporaryDirectory(prefix="torchferry-") as scratch, steps.step("verify parts"):
         engines = compile_parts(plan, target, Path(scratch) / "parts")
         with Chain(plan, engines) as chain:
-            report = _verified_detections(chain.run, engines[plan.parts[0].name], source, deploy, "all parts, ")
+            report = _verified_detections(chain.run, engines[plan.parts[0].name], source, "all parts, ")
     if report.passed:
         for part, graph in zip(plan.parts[: len(asked)], split(plan), strict=False):
             graph.save(folder / part.save_file)
@@ -236,7 +236,6 @@ def _verified_detections(
     run: Callable[[dict[str, Array]], dict[str, Array]],
     engine: Engine,
     source: Source,
-    deploy: CodebaseDeployConfig,
     label: str = "",
 ) -> Report:
     """Match what an engine, or a chain of them, detects with the library's own detections, as sets."""
@@ -248,7 +247,7 @@ def _verified_detections(
     own = engine.signature.sizes_of({name: to_numpy(tensor) for name, tensor in example.items()})
     findings: list[Finding] = []
     matched: dict[str, str] = {}
-    for sizes in _sizes(own, deploy, engine):
+    for sizes in _sizes(own, engine):
         tensors = resized(example, engine.signature, {**own, **sizes}) if sizes else example
         expected = zip(*map(to_numpy, run_torch(source, tensors)), strict=True)
         given = run({name: to_numpy(each) for name, each in tensors.items()})
@@ -284,12 +283,12 @@ def _limits(detector: Any, precision: Precision) -> dict[str, Any]:
     return {"iou": 0.99 if exact else 0.9, "score_atol": score_atol, **limits}
 
 
-def _sizes(own: Mapping[str, int], deploy: CodebaseDeployConfig, engine: Engine) -> list[dict[str, int]]:
+def _sizes(own: Mapping[str, int], engine: Engine) -> list[dict[str, int]]:
     """Return sizes of the dynamic dimensions to run: the example's, those of the config, and a few others."""
     other = {
         dim: size + 1 if size < _STRIDE else max(size * 3 // 4 // _STRIDE, 1) * _STRIDE for dim, size in own.items()
     }
-    wanted = [{}, *deploy.sizes(), *({dim: size} for dim, size in other.items()), other]
+    wanted = [{}, *engine.signature.profile(), *({dim: size} for dim, size in other.items()), other]
     chosen: list[dict[str, int]] = []
     for sizes in wanted:
         try:

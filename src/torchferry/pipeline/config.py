@@ -6,15 +6,21 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from torchferry.core.errors import ConfigError, did_you_mean
+from torchferry import backends
+from torchferry.core.backend_config import BackendConfig
+from torchferry.core.errors import ConfigError
 from torchferry.core.files import require_file
-from torchferry.core.target import DEFAULT_BACKEND, Precision  # pydantic reads the annotations
+from torchferry.core.sections import read_section
+from torchferry.core.target import DEFAULT_BACKEND, Precision, Target
 from torchferry.package import Postprocess, Preprocess
 from torchferry.pipeline.inputs import are_numbers
+
+if TYPE_CHECKING:
+    from torchferry.core.report import Finding
 
 
 class _Section(BaseModel):
@@ -44,6 +50,7 @@ class TargetSection(_Section):
     precision: Precision = "fp32"
     device: str = "cpu"
     opset: int | None = None
+    options: dict[str, int] = {}
 
 
 class ExportSection(_Section):
@@ -52,7 +59,7 @@ class ExportSection(_Section):
     Attributes:
         input_names: In order; forward's parameters where not given.
         output_names: In order.
-        dynamic: ``{input: {axis: name}}``.
+        dynamic: ``{input: {axis: name}}``; a name may have sizes, ``batch=1..8`` or ``batch=1..4..8``.
     """
 
     input_names: tuple[str, ...] = ()
@@ -142,6 +149,7 @@ class DeployConfig(_Section):
         model: The model.
         inputs: ``picture.png``, ``name=picture.png``, ``name=file.npz``, ``name=file.npy`` or ``name=1,1,3,3``.
         targets: One or more engines; the first is the package's default.
+        backend_config: One engine and its sizes, in MMDeploy's words and in place of ``targets``.
         export: Names and dynamic dimensions.
         verify: Tolerances and sizes.
         fp16: How graphs for FP16 are repaired.
@@ -155,6 +163,7 @@ class DeployConfig(_Section):
     model: ModelSection
     inputs: tuple[str, ...] = Field(min_length=1)
     targets: tuple[TargetSection, ...] = Field(default=(TargetSection(),), min_length=1)
+    backend_config: BackendConfig | None = None
     export: ExportSection = ExportSection()
     verify: VerifySection = VerifySection()
     fp16: Fp16Section = Fp16Section()
@@ -162,6 +171,28 @@ class DeployConfig(_Section):
     postprocess: Mapping[str, Postprocess] = {}
     partition_config: PartitionSection | None = None
     out: Path
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.backend_config is not None and "targets" in self.model_fields_set:
+            raise ValueError("'targets' and 'backend_config' are two ways to name engines; use one")
+        return self
+
+    def engines(self) -> list[Target]:
+        """Return the targets, whichever table names them.
+
+        Raises:
+            ConfigError: If one cannot be.
+            MissingBackendError: If ``backend_config`` names an engine that nobody knows.
+        """
+        if self.backend_config is None:
+            return [Target(**target.model_dump()) for target in self.targets]
+        return [self.backend_config.target(backends.options(self.backend_config.type))]
+
+    def findings(self) -> tuple[Finding, ...]:
+        """Say what stands in the config and has no effect."""
+        backend = self.backend_config
+        return () if backend is None else backend.findings(backends.options(backend.type))
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -243,43 +274,7 @@ def validate(values: Mapping[str, Any], origin: str) -> DeployConfig:
     Raises:
         ConfigError: If a key is unknown (the nearest valid one is named), missing, or has a wrong value.
     """
-    return read_section(DeployConfig, values, origin)
-
-
-_Read = TypeVar("_Read", bound=_Section)
-
-
-def read_section(section: type[_Read], values: Mapping[str, Any], origin: str) -> _Read:
-    """Check a dictionary against the fields of one section; otherwise as ``validate``."""
-    try:
-        return section.model_validate(values)
-    except ValidationError as exc:
-        problems = [_word(error, section) for error in exc.errors()]
-        raise ConfigError(f"{origin}: " + "; ".join(problems)) from exc
-
-
-def _word(error: Any, section: type[BaseModel]) -> str:
-    *parents, last = error["loc"] or ("",)
-    key = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        hint = did_you_mean(str(last), _fields_at(section, parents))
-        return f"unknown key '{key}' ({hint})"
-    if error["type"] == "missing":
-        return f"'{key}' is missing"
-    return f"'{key}': {error['msg']}, got {error['input']!r}"
-
-
-def _fields_at(section: type[BaseModel], location: list[Any]) -> list[str]:
-    """Return the valid keys at a place in a section."""
-    current: Any = section
-    for part in location:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
-            break
-        if part in current.model_fields:
-            annotation = current.model_fields[part].annotation
-            inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-            current = inner[0] if inner else current
-    return sorted(current.model_fields) + (["base"] if current is DeployConfig else [])
+    return read_section(DeployConfig, values, origin, also=("base",))
 
 
 def toml_value(text: str) -> Any:

@@ -106,6 +106,7 @@ def _walk(
     steps: Steps,
     cfg: Any,
     headroom_bits: int,
+    findings: Sequence[Finding] = (),
 ) -> tuple[Package, Report]:
     from torchferry.pipeline.export import export, reference, rewriter_context
 
@@ -139,7 +140,7 @@ def _walk(
             context = functools.partial(rewriter_context, source, target, cfg)
             with reference(exports[target.backend], source, context) as against:
                 reports.append(verify_at(steps, engine, against, data, tolerance(target), sizes))
-        report = _whole_report(exported, reports, steps)
+        report = _whole_report(exported, reports, steps).with_findings(findings)
         adapted = {str(engine.target): ", ".join(engine.adaptations) for engine in engines if engine.adaptations}
         report = report.with_facts("adaptations", adapted) if adapted else report
         for halved_for, half in halves.items():
@@ -314,7 +315,7 @@ def deploy_config(
         TorchferryError: As ``deploy``, and for a model, checkpoint or input that cannot be read.
     """
     steps = steps or Steps()
-    targets = [Target(**target.model_dump()) for target in config.targets]
+    targets = config.engines()
     check_free(config.out, overwrite=overwrite, marker=MANIFEST_FILE)
     check_targets(targets)
     loaded = load_model_and_data(config, steps)
@@ -332,6 +333,7 @@ def deploy_config(
         steps=steps,
         cfg=config,
         headroom_bits=config.fp16.headroom_bits,
+        findings=config.findings(),
     )
 
 

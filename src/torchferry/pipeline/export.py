@@ -50,7 +50,8 @@ def export(
         kwargs: Keyword arguments besides ``args``.
         target: What it is exported for; ONNX Runtime by default.
         dynamic_shapes: ``{input: {axis: name}}``. An input is called by its name in ``input_names``, else by
-            ``forward``'s parameter. Equal names declare equal sizes.
+            ``forward``'s parameter. Equal names declare equal sizes. ``name=1..8`` bounds them, ``name=1..4..8`` also
+            says the usual one.
         input_names: Names of the graph's inputs in order; ``forward``'s parameters where not given.
         output_names: Names of the graph's outputs in order.
         apply_marks: Keep what ``mark`` and ``mark_tensors`` name, as nodes of the graph that change nothing.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,28 +67,23 @@ def load_source(config: DeployConfig) -> Loaded:
         raise ConfigError(f"the model has no parameter '{unknown[0]}'", hint=did_you_mean(unknown[0], known))
     calls = [{name: _tensor(name, call[name]) for name in parameters if name in call} for call in data.calls()]
     to_input = {parameter: name for name, parameter in to_parameter.items()}
-    source = Source(
-        model, (), calls[0], _dynamic(config) or None, config.export.input_names, config.export.output_names
-    )
+    source = Source(model, (), calls[0], None, config.export.input_names, config.export.output_names)
+    source = dataclasses.replace(source, dynamic_shapes=_dynamic(config, source) or None)
     pictures = how | {name: Preprocess() for name in data.pictures if name not in how}
     return Loaded(source, calls, {to_input.get(name, name): value for name, value in pictures.items()}, tuple(notes))
 
 
-def _dynamic(config: DeployConfig) -> dict[str, dict[int, Any]]:
-    """Return the dynamic axes, with those that have a range, as in ``batch=1..8``, as dimensions of torch."""
-    return {
-        name: {axis: _dimension(text) for axis, text in axes.items()} for name, axes in config.export.dynamic.items()
+def _dynamic(config: DeployConfig, source: Source) -> dict[str, dict[int, Any]]:
+    """Return the dynamic axes by the graph's names, with the sizes of ``backend_config``."""
+    names = source.names
+    to_graph = dict(zip(names.parameter_names, names.names, strict=True))
+    dynamic = {
+        name if name in names.names else to_graph.get(name, name): axes for name, axes in config.export.dynamic.items()
     }
-
-
-def _dimension(text: str) -> Any:
-    name, equals, bounds = text.partition("=")
-    if not equals:
-        return text
-    found = re.fullmatch(r"(\d+)\.\.(\d+)", bounds)
-    if found is None or not name.isidentifier() or not int(found[1]) < int(found[2]):
-        raise ConfigError(f"dynamic dimension '{text}' must look like batch or batch=1..8")
-    return torch.export.Dim(name, min=int(found[1]), max=int(found[2]))
+    if config.backend_config is None:
+        return dynamic
+    shapes = {name: tuple(tensor.shape) for name, tensor in names.tensors(source.call).items()}
+    return config.backend_config.dimensions(dynamic, shapes, naming="export.dynamic")
 
 
 def build_model(section: ModelSection) -> tuple[torch.nn.Module, list[str]]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from torchferry.core.errors import ConfigError
 from torchferry.core.files import new_files
 from torchferry.core.report import Finding
+from torchferry.core.sections import read_section
 from torchferry.partitioning import find_policy, plan_partition, split
 from torchferry.pipeline.chain import compile_parts
-from torchferry.pipeline.config import PartSection, read_section
+from torchferry.pipeline.config import PartSection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -36,9 +36,9 @@ from torchferry.verification.isolation import run_isolated
 
 _DIFFERS_HINT = "the exporter translated something wrongly; take the suspect operation out and export again"
 _SPECIAL = (0, 1)
-_CAUTION = re.compile(r"(!= [01]|> [01]|>= [12])$")
-_SMALL = 16  # the largest size at which a relation of torch's own is looked at
-_MAX_TRIES = 256  # combinations of sizes looked through for one that the relations allow
+_CAUTION = re.compile(r"(!= [01]|> [01]|>= [12])$|^([01] (<|!=)|[12] <=) ")  # of a computed size, either way round
+_LOOKED_AT = (*range(1, 17), 24, 32, 48, 64, 96, 128, 192, 256)  # sizes at which a relation of torch's own is tried
+_MAX_TRIES = 1024  # combinations of sizes looked through for one that the relations allow
 
 
 def settle(exported: Exported, source: Source, tolerance: Tolerance = TOLERANCES["fp32"]) -> Exported:
@@ -101,33 +101,60 @@ def _settle_with(
     example = source.names.tensors(source.call)
     own = signature.sizes_of({name: to_numpy(tensor) for name, tensor in example.items()})
     base = {dim: max(size, max(_SPECIAL) + 1) for dim, size in own.items()}
-    dims = dict(signature.dims)
-    findings: list[Finding] = []
-    wrong = _differs(session, source, example, signature, base, tolerance)
-    if wrong:
-        sized = ", ".join(f"{dim}={size}" for dim, size in base.items())
-        finding = Finding("graph-differs", "error", f"at the example's sizes ({sized}) {wrong}", hint=_DIFFERS_HINT)
-        return exported.replace(report=exported.report.with_findings([finding]))
-    for dim, sizes in open_sizes.items():
-        verdicts: dict[int, str] = {}
-        for size in sizes:
-            trial = _allowed_sizes({**base, dim: size}, dim, signature.relations)
-            verdicts[size] = (
-                _unsatisfied(signature.relations, dim)
-                if trial is None
-                else _differs(session, source, example, signature, trial, tolerance)
-            )
-            if verdicts[size]:
-                findings.append(_excluded_finding(dim, size, verdicts[size], own[dim] == size))
-        dims[dim] = _with_verdicts(dims[dim], verdicts)
-    signature = dataclasses.replace(signature, dims=dims)
 
     def differs(sizes: Mapping[str, int]) -> str:
         return _differs(session, source, example, signature, sizes, tolerance)
 
-    kept = [relation for relation in signature.relations if not _is_settled(relation, signature, base, differs)]
-    signature = dataclasses.replace(signature, relations=tuple(kept))
-    return exported.replace(signature=signature, report=exported.report.with_findings(findings))
+    wrong = differs(base)
+    if wrong:
+        sized = ", ".join(f"{dim}={size}" for dim, size in base.items())
+        finding = Finding("graph-differs", "error", f"at the example's sizes ({sized}) {wrong}", hint=_DIFFERS_HINT)
+        return exported.replace(report=exported.report.with_findings([finding]))
+    settled, findings = _with_special_sizes(signature, open_sizes, own, base, differs)
+    kept = _without_caution(settled, base, differs).relations
+    if kept != settled.relations:  # what is gone may be all that refused a size
+        without = dataclasses.replace(signature, relations=kept)
+        settled, findings = _with_special_sizes(without, open_sizes, own, base, differs)
+    gone = [f"right where {each.expression} only" for each in signature.relations if each not in kept]
+    told = [found for found in exported.report.findings if not any(words in found.message for words in gone)]
+    report = dataclasses.replace(exported.report, findings=(*told, *findings))
+    return exported.replace(signature=settled, report=report)
+
+
+def _with_special_sizes(
+    signature: Signature,
+    open_sizes: Mapping[str, list[int]],
+    own: Mapping[str, int],
+    base: Mapping[str, int],
+    differs: Callable[[Mapping[str, int]], str],
+) -> tuple[Signature, list[Finding]]:
+    """Let in the sizes 0 and 1 at which the graph is right; name the others."""
+    dims = dict(signature.dims)
+    findings: list[Finding] = []
+    for dim, sizes in open_sizes.items():
+        verdicts: dict[int, str] = {}
+        for size in sizes:
+            trial = _allowed_sizes({**base, dim: size}, dim, signature.relations)
+            verdicts[size] = _unsatisfied(signature.relations, dim) if trial is None else differs(trial)
+            if verdicts[size]:
+                findings.append(_excluded_finding(dim, size, verdicts[size], own[dim] == size))
+        dims[dim] = _with_verdicts(dims[dim], verdicts)
+    return dataclasses.replace(signature, dims=dims), findings
+
+
+def _without_caution(
+    signature: Signature, base: Mapping[str, int], differs: Callable[[Mapping[str, int]], str]
+) -> Signature:
+    """Leave out the relations that are settled, until none is.
+
+    Of maps that halve in size, every one has a relation, and what the largest map's refuses, the smaller ones' do too:
+    they go first.
+    """
+    for relation in reversed(signature.relations):
+        if _is_settled(relation, signature, base, differs):
+            others = tuple(other for other in signature.relations if other is not relation)
+            return _without_caution(dataclasses.replace(signature, relations=others), base, differs)
+    return signature
 
 
 def _is_settled(
@@ -145,7 +172,7 @@ def _is_settled(
     alone = dataclasses.replace(signature, relations=others)
     names = sorted(Expression(relation.expression).names)
     refused = []
-    for choice in itertools.islice(itertools.product(range(1, _SMALL + 1), repeat=len(names)), _MAX_TRIES):
+    for choice in itertools.islice(itertools.product(_LOOKED_AT, repeat=len(names)), _MAX_TRIES):
         sizes = {**base, **dict(zip(names, choice, strict=True))}
         if not relation.holds(sizes) and _takes(alone, sizes):
             refused.append(sizes)
@@ -254,7 +281,10 @@ def resized(
 
 
 def sizes_to_try(signature: Signature, own: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """Yield sizes at which to verify: each dimension at its ends and around the example, then all of them changed.
+    """Yield sizes at which to verify.
+
+    First the smallest, usual and largest ones where a usual one was declared; then each dimension at its ends and
+    around the example; then all of them changed.
 
     Args:
         signature: Ranges and relations; what they refuse is left out.
@@ -265,6 +295,9 @@ def sizes_to_try(signature: Signature, own: Mapping[str, int]) -> Iterator[dict[
     def fresh(sizes: dict[str, int]) -> bool:
         return _takes(signature, sizes) and sizes not in seen and not seen.append(sizes)  # type: ignore[func-returns-value]
 
+    for declared in signature.profile():
+        if fresh({**own, **declared}):
+            yield seen[-1]
     for dim, allowed in signature.dims.items():
         size = own[dim]
         wanted = {allowed.min, allowed.min + 1, size // 2, size + 1, 2 * size}

@@ -21,7 +21,12 @@ _PSEUDO = ("NONE", "CURRENT")
 
 
 def build(
-    model: ir.Model, signature: Signature, flavour: Flavour, capabilities: tuple[str, ...], onnx_file: Path
+    model: ir.Model,
+    signature: Signature,
+    flavour: Flavour,
+    capabilities: tuple[str, ...],
+    onnx_file: Path,
+    workspace: int = 0,
 ) -> bytes:
     """Build an engine.
 
@@ -31,6 +36,7 @@ def build(
         flavour: Which TensorRT.
         capabilities: For which GPUs, such as ``SM86``; empty for the one at hand.
         onnx_file: The graph.
+        workspace: Bytes that its kernels may use besides the tensors; 0 for TensorRT's own limit.
 
     Returns:
         The engine's bytes.
@@ -51,6 +57,8 @@ def build(
             raise _not_parsed(model, [parser.get_error(place) for place in range(parser.num_errors)], errors)
         config = builder.create_builder_config()
         config.clear_flag(library.BuilderFlag.TF32)  # which would round the fp32 that was asked for to ten bits
+        if workspace:
+            config.set_memory_pool_limit(library.MemoryPoolType.WORKSPACE, workspace)
         if capabilities:
             config.num_compute_capabilities = len(capabilities)
             for place, name in enumerate(capabilities):
@@ -60,6 +68,11 @@ def build(
             config.add_optimization_profile(_profile(builder, model, profile))
         engine = builder.build_serialized_network(network, config)
         if engine is None:
+            if workspace and "workspace limit" in " ".join(errors):
+                raise UnsupportedError(
+                    f"TensorRT cannot build the graph within its workspace limit of {workspace} bytes",
+                    hint="give it a larger max_workspace_size, or 0 for its own limit",
+                )
             raise _not_built(model, errors)
         return bytes(engine)
 
@@ -71,7 +84,9 @@ def known_capabilities(library: Any, precision: str) -> tuple[str, ...]:
 
 
 def shape_ranges(signature: Signature) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """Return for every input with a free size its smallest, its middle and its largest shape.
+    """Return for every input with a free size its smallest, its usual and its largest shape.
+
+    Where the user did not say the usual size of a dimension, it is the middle of its range.
 
     Raises:
         UnsupportedError: If a dimension has no largest size, or a size no name.
@@ -90,10 +105,12 @@ def shape_ranges(signature: Signature) -> dict[str, tuple[tuple[int, ...], ...]]
             )
     smallest = {name: max(allowed.min, 1) for name, allowed in dims.items()}
     largest = {name: max(allowed.max or 1, 1) for name, allowed in dims.items()}
-    middle = {name: (smallest[name] + largest[name]) // 2 for name in dims}
+    usual = {name: (least + largest[name]) // 2 for name, least in smallest.items()}
+    declared = {name: allowed.opt for name, allowed in dims.items() if allowed.opt is not None}
+    usual |= {name: min(max(size, smallest[name]), largest[name]) for name, size in declared.items()}
     ranges = {}
     for spec in signature.inputs:
-        shapes = [spec.shape_at(sizes) for sizes in (smallest, middle, largest)]
+        shapes = [spec.shape_at(sizes) for sizes in (smallest, usual, largest)]
         whole = [tuple(size for size in shape or () if size is not None) for shape in shapes]
         if spec.shape is None or any(len(shape) < len(spec.shape) for shape in whole):
             raise UnsupportedError(f"TensorRT wants every free size of an input to have a name, got {spec}")

@@ -24,6 +24,7 @@ NAMES_FILE = "model.json"
 PASSES = ("inline-functions", "name-tensors")
 MAX_OPSET = 24
 DEVICE = "cuda"
+WORKSPACE = "max_workspace_size"
 _LARGE = 256 << 20  # bytes of weights, from which on they stand in a file of their own
 
 
@@ -55,14 +56,20 @@ class TensorRt:
     def capabilities(self) -> Capabilities:
         """Tell what TensorRT does."""
         return Capabilities(
-            ("fp32", "fp16", "bf16"), max_opset=MAX_OPSET, dynamic_shapes=True, general=False, devices=(DEVICE,)
+            ("fp32", "fp16", "bf16"),
+            max_opset=MAX_OPSET,
+            dynamic_shapes=True,
+            general=False,
+            devices=(DEVICE,),
+            options=(WORKSPACE,),
         )
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> tuple[str, ...]:
         """Build an engine, in the graph's own types and without TF32.
 
-        Each input's free sizes get one range, the middle of which is the one that TensorRT chooses its kernels for.
-        ``Target.device`` may list the GPUs of an engine that is built ahead, as ``cuda:sm86,sm89``.
+        Each input's free sizes get one range. TensorRT chooses its kernels for the optimum that was declared, else for
+        the middle. ``Target.device`` may list the GPUs of an engine that is built ahead, as ``cuda:sm86,sm89``, and
+        ``Target.options`` the ``max_workspace_size`` in bytes, 0 for TensorRT's own limit.
 
         Raises:
             UnsupportedError: If TensorRT lacks an operator or type, a dimension has no bound, or the graph's types are
@@ -84,7 +91,8 @@ class TensorRt:
             source = Path(scratch) / "model.onnx"
             ir.external_data.load_to_model(model)
             ir.save(model, source, external_data="model.data" if weights > _LARGE else None)
-            (folder / ENGINE_FILE).write_bytes(build(model, signature, self.flavour, gpus, source))
+            workspace = target.options.get(WORKSPACE, 0)
+            (folder / ENGINE_FILE).write_bytes(build(model, signature, self.flavour, gpus, source, workspace))
         names = {
             "inputs": dict(zip(signature.input_names, (value.name for value in model.graph.inputs), strict=True)),
             "outputs": dict(zip(signature.output_names, (value.name for value in model.graph.outputs), strict=True)),

@@ -5,15 +5,21 @@ from __future__ import annotations
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from torchferry import backends
 from torchferry.codebases.openmmlab.libraries import mmengine, names, quiet, replaced
+from torchferry.core.backend_config import BackendConfig, ignored
 from torchferry.core.errors import ConfigError, did_you_mean
 from torchferry.core.files import require_file
 from torchferry.core.report import Finding
-from torchferry.core.target import DEFAULT_BACKEND, Precision, Target
+from torchferry.core.sections import read_section
+
+if TYPE_CHECKING:
+    from torchferry.core.dimension import Dimension
+    from torchferry.core.target import Precision, Target
 
 OWN_CONFIGS = Path(__file__).parent / "configs"
 OWN_PREFIX = "torchferry::"
@@ -63,73 +69,6 @@ class OnnxConfig(_Section):
             name: {axis: usual.get(axis, f"{name}_{axis}") for axis in each} if isinstance(each, list | tuple) else each
             for name, each in axes.items()
         }
-
-
-class Shapes(_Section):
-    """Sizes of one input.
-
-    Attributes:
-        min_shape: The smallest.
-        opt_shape: The usual one.
-        max_shape: The largest.
-    """
-
-    min_shape: tuple[int, ...] | None = None
-    opt_shape: tuple[int, ...] | None = None
-    max_shape: tuple[int, ...] | None = None
-
-
-class ModelInputs(_Section):
-    """Sizes of the inputs of one graph.
-
-    Attributes:
-        input_shapes: By input.
-        opt_shapes: By input, the usual one alone.
-    """
-
-    input_shapes: dict[str, Shapes] = {}
-    opt_shapes: dict[str, tuple[int, ...]] = {}
-
-    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Return every size that is named, with its input."""
-        ranged = [
-            (name, shape)
-            for name, each in self.input_shapes.items()
-            for shape in (each.min_shape, each.opt_shape, each.max_shape)
-            if shape is not None
-        ]
-        return [*ranged, *self.opt_shapes.items()]
-
-
-class BackendConfig(_Section):
-    """The engine.
-
-    Attributes:
-        type: Its name.
-        precision: What it computes in.
-        common_config: Its options; ``fp16_mode`` sets the precision.
-        model_inputs: Sizes at which it will be used: they are verified.
-    """
-
-    type: str = DEFAULT_BACKEND
-    precision: Precision = "fp32"
-    common_config: dict[str, Any] = {}
-    model_inputs: tuple[ModelInputs, ...] = ()
-
-    @field_validator("precision", mode="before")
-    @classmethod
-    def _lower(cls, value: Any) -> Any:
-        return value.lower() if isinstance(value, str) else value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_mode(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and isinstance(values.get("common_config"), Mapping):
-            chosen = {"fp16_mode": "fp16", "int8_mode": "int8"}
-            for mode, precision in chosen.items():
-                if values["common_config"].get(mode) and "precision" not in values:
-                    return {**values, "precision": precision}
-        return values
 
 
 class CodebaseConfig(_Section):
@@ -197,23 +136,27 @@ class CodebaseDeployConfig(_Section):
     @property
     def target(self) -> Target:
         """The engine, for the exporter."""
-        return Target(self.backend_config.type, self.backend_config.precision, opset=self.onnx_config.opset_version)
+        backend = self.backend_config
+        return backend.target(backends.options(backend.type), opset=self.onnx_config.opset_version)
 
     @property
-    def dynamic_shapes(self) -> dict[str, dict[int, str]] | None:
-        """The dynamic axes of the inputs; None if there are none."""
-        axes = self.onnx_config.dynamic_axes or {}
-        return {name: each for name, each in axes.items() if name in self.onnx_config.input_names} or None
+    def verified_in(self) -> Precision:
+        """The precision in which an engine runs the graph, which is written in FP32."""
+        precision = self.backend_config.precision
+        return precision if precision in ("fp32", "bf16") else "fp32"
 
-    def sizes(self) -> list[dict[str, int]]:
-        """Return the sizes of dynamic dimensions that ``model_inputs`` names."""
-        found = []
-        for name, shape in (pair for inputs in self.backend_config.model_inputs for pair in inputs.shapes()):
-            axes = (self.dynamic_shapes or {}).get(name, {})
-            sizes = {dim: shape[axis] for axis, dim in axes.items() if axis < len(shape)}
-            if sizes and sizes not in found:
-                found.append(sizes)
-        return found
+    def dynamic_shapes(self, shape: tuple[int, ...]) -> dict[str, dict[int, Dimension]]:
+        """Return the dynamic axes of the inputs, with the sizes that ``model_inputs`` says.
+
+        Args:
+            shape: The example's.
+
+        Raises:
+            ConfigError: As ``BackendConfig.dimensions``.
+        """
+        onnx = self.onnx_config
+        axes = {name: each for name, each in (onnx.dynamic_axes or {}).items() if name in onnx.input_names}
+        return self.backend_config.dimensions(axes, {onnx.input_names[0]: shape}, naming="onnx_config.dynamic_axes")
 
     def findings(self) -> tuple[Finding, ...]:
         """Say what stands in the config and has no effect here."""
@@ -231,15 +174,17 @@ class CodebaseDeployConfig(_Section):
             if self.calib_config.create_calib or self.calib_config.calib_file
             else "",
         }
-        options = sorted(backend.common_config.keys() - {"fp16_mode", "int8_mode"})
-        because |= {f"backend_config.common_config.{name}": "no engine here has that option" for name in options}
-        if self.sizes() == [] and any(inputs.shapes() for inputs in backend.model_inputs):
-            because["backend_config.model_inputs"] = "no axis of the input is dynamic"
-        return tuple(
-            Finding("config-ignored", "info", f"'{key}' has no effect: {reason}")
-            for key, reason in because.items()
-            if reason
+        because = {key: reason for key, reason in because.items() if reason}
+        found = (*ignored(because), *backend.findings(backends.options(backend.type)))
+        if self.verified_in == backend.precision:
+            return found
+        fp32 = Finding(
+            "written-in-fp32",
+            "warning",
+            f"the graph is written and verified in fp32; an engine in {backend.precision} wants another one",
+            hint="`torchferry fp16 fix` makes an fp16 graph of the file" if backend.precision == "fp16" else None,
         )
+        return (*found, fp32)
 
 
 def read_python(path: str | Path) -> dict[str, Any]:
@@ -296,34 +241,4 @@ def validate_deploy_config(values: Mapping[str, Any], origin: str) -> CodebaseDe
     Raises:
         ConfigError: If a key is unknown (the nearest valid one is named), missing, or has a wrong value.
     """
-    try:
-        return CodebaseDeployConfig.model_validate(values)
-    except ValidationError as exc:
-        problems = [_word(error) for error in exc.errors()]
-        raise ConfigError(f"{origin}: " + "; ".join(problems)) from exc
-
-
-def _word(error: Any) -> str:
-    key = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"unknown key '{key}' ({did_you_mean(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))})"
-    if error["type"] == "missing":
-        return f"'{key}' is missing"
-    return f"'{key}': {error['msg']}, got {error['input']!r}" if key else error["msg"]
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    current: Any = CodebaseDeployConfig
-    for part in location:
-        field = current.model_fields.get(part)
-        if field is None:  # a name or number inside a table or list
-            continue
-        current = next(_sections(field.annotation), current)
-    return sorted(current.model_fields)
-
-
-def _sections(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _sections(inner)
+    return read_section(CodebaseDeployConfig, values, origin)

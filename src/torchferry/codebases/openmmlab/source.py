@@ -152,7 +152,8 @@ def prepare(
         findings.append(_random(model, batch, count))
     module, outputs = _as_module(model)
     outputs = deploy.onnx_config.output_names or outputs
-    source = Source(module, (batch,), {}, deploy.dynamic_shapes, deploy.onnx_config.input_names, outputs)
+    dynamic = deploy.dynamic_shapes(tuple(batch.shape))
+    source = Source(module, (batch,), {}, dynamic, deploy.onnx_config.input_names, outputs)
     return Prepared(source, config, tuple(findings))
 
 
