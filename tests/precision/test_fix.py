@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import torchferry as ferry
-from torchferry.core.errors import ConfigError, FormatError, ModelError
+from torchferry.core.errors import ConfigError, FormatError
 from torchferry.precision.emulate import Emulation
 
 
@@ -272,13 +272,6 @@ def test_tied_weights_stay_tied() -> None:
     fixed, certificate = ferry.fp16.fix(model, calls(4, 8))
     assert certificate.passed, str(certificate)
     assert fixed.second.weight is fixed.first.weight
-
-
-def test_what_weights_cannot_do_is_said_with_the_place() -> None:
-    model, data = build("gates")
-    with pytest.raises(ModelError, match="weights alone cannot") as caught:
-        ferry.fp16.fix(model, data)
-    assert "ferry.fp16.fix(ferry.export(model, args)" in str(caught.value)
 
 
 def test_an_output_out_of_range_stays_fp32_and_is_listed() -> None:

@@ -109,7 +109,7 @@ def test_measuring_sees_every_tensor_and_the_worst_order_of_sums() -> None:
     model = nn.Linear(4, 2)
     x = torch.randn(3, 4)
     exported = ferry.export(model, (x,), input_names=["x"], output_names=["y"])
-    found = measure(exported.model, exported.signature, [{"x": x.numpy()}, {"x": 2 * x.numpy()}])
+    (found,) = measure(exported.model, exported.signature, [{"x": x.numpy()}, {"x": 2 * x.numpy()}])
     with torch.no_grad():
         largest = max(float(model(factor * x).abs().max()) for factor in (1, 2))
         worst = float((2 * x.abs() @ model.weight.abs().T + model.bias.abs()).max())

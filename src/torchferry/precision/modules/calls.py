@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -39,9 +40,16 @@ Form = tuple[Literal["own", "fp32"], int]
 """How a tensor is stored: in the module's own dtype or in FP32, and its k."""
 
 
-def with_calls(
-    captured: Captured, numbers: Collection[Number], found: Plan, state: Collection[str]
-) -> torch.fx.GraphModule:
+class RepairedModule(torch.fx.GraphModule):
+    """A module of ATen calls, with the parameters of the module that it was made of."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        with warnings.catch_warnings():  # torch tells of its own use of what it is about to remove
+            warnings.simplefilter("ignore", FutureWarning)
+            return super().__deepcopy__(memo)
+
+
+def with_calls(captured: Captured, numbers: Collection[Number], found: Plan, state: Collection[str]) -> RepairedModule:
     """Return a module in FP32 that does what the captured one does, whose ``half()`` is safe.
 
     Args:
@@ -52,7 +60,7 @@ def with_calls(
     """
     unlifted = captured.program.module(check_guards=True)
     dtypes = {node.name: node.meta["val"].dtype for node in captured.program.graph.nodes if _is_tensor(node)}
-    module = torch.fx.GraphModule(unlifted, unlifted.graph, type(unlifted).__name__)
+    module = RepairedModule(unlifted, unlifted.graph)
     for node in module.graph.nodes:
         node.meta = {key: value for key, value in node.meta.items() if key == "stack_trace"}
     module.meta = {}
@@ -69,7 +77,7 @@ def with_calls(
     return module
 
 
-def keep_numbers_above_zero(module: torch.fx.GraphModule) -> None:
+def keep_numbers_above_zero(module: RepairedModule) -> None:
     """Raise what a call adds, and FP16 would hold as 0; a norm of torch's adds its eps in FP32."""
     for node in module.graph.nodes:
         if getattr(node.target, "__name__", "").partition(".")[0] in _ADDS:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx.experimental import _config
 
-from torchferry.core.signature import Signature
+from torchferry.core.dimension import Dimension
 from torchferry.core.target import Target
-from torchferry.exporter.dimensions import torch_dynamic_shapes
+from torchferry.exporter.dimensions import torch_dynamic_shapes, traceable
 from torchferry.exporter.failures import export_error
 from torchferry.exporter.quiet import quiet
 from torchferry.exporter.translations import TRANSLATIONS
 from torchferry.graph import Exported
 from torchferry.graph.provenance import record_provenance
-from torchferry.graph.reading import signature_of, tensor_spec
+from torchferry.graph.reading import signature_of
 from torchferry.precision.modules.expansions import expand, numbers_as_floats
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    import onnx_ir as ir
+
+    from torchferry.exporter.dimensions import Dynamic
+    from torchferry.exporter.inputs import Call
     from torchferry.exporter.source import Source
 
 _CALL_KEY = "pkg.torch.onnx.fx_node"  # where torch's exporter notes which call a node comes from
@@ -53,32 +58,67 @@ class Captured:
         return {node.name: node for node in self.program.graph.nodes if node.op == "call_function"}
 
 
-def capture_plainly(source: Source, *, free_sizes: bool = False, expanded: Collection[str] = ()) -> Captured:
+def capture_plainly(source: Source, *, free_sizes: bool = False, expanded: Collection[Any] = ()) -> Captured:
     """Export a module with nothing folded, so that its parameters are constants of the graph.
 
     Args:
         source: The module and its example.
-        free_sizes: Let every size of an input be another than the example's wherever the module does.
-        expanded: Names of ATen's operators that are written out; see ``expansions``.
+        free_sizes: Let every size of an input be another than the example's wherever torch can do that.
+        expanded: ATen's operators that are written out; see ``expansions``.
 
     Raises:
         ModelError: If the module fails on its own example.
         ExportError: If it cannot be exported.
     """
-    program = None
+    for doubled, free in _freedoms(source) if free_sizes else ():
+        call = source.names.replace(source.call, traceable(source.names.tensors(source.call), doubled))
+        shapes = torch_dynamic_shapes(source.model, call, source.names, free)
+        with suppress(Exception):  # torch raises anything; what is really wrong shows at fixed sizes
+            return _captured(source, *_translated(source, call, shapes, expanded))
     try:
-        with quiet(), torch.no_grad(), torch.backends.nnpack.flags(enabled=False):
-            program = _program(source, free_sizes)
-            numbers_as_floats(program)
-            program = expand(program, expanded)
-            onnx_program = torch.onnx.export(
-                program, dynamo=True, optimize=False, custom_translation_table=TRANSLATIONS, verbose=False
-            )
+        return _captured(source, *_translated(source, source.call, None, expanded))
     except Exception as exc:
-        raise export_error(exc, source, program) from exc
+        raise export_error(exc, source) from exc
+
+
+def _freedoms(source: Source) -> list[tuple[Dynamic, Dynamic]]:
+    """Return which sizes of 1 to double and which sizes to leave free, the freest first.
+
+    torch takes a size of 1 for fixed; that of a batch is more often free than that of channels.
+    """
+    tensors = source.names.tensors(source.call)
+    every: Dynamic = {
+        name: {axis: Dimension(f"{name}_{axis}") for axis in range(tensor.dim())} for name, tensor in tensors.items()
+    }
+    first: Dynamic = {name: dict(list(axes.items())[:1]) for name, axes in every.items()}
+    return [(every, every), (first, every), ({}, every), (first, first), ({}, first)]
+
+
+def _translated(
+    source: Source, call: Call, dynamic_shapes: Any, expanded: Collection[Any]
+) -> tuple[ir.Model, torch.export.ExportedProgram]:
+    args, kwargs = call
+    with (
+        quiet(),
+        torch.no_grad(),
+        torch.backends.nnpack.flags(enabled=False),
+        _config.patch(backed_size_oblivious=dynamic_shapes is not None),  # type: ignore[attr-defined]
+    ):
+        program = torch.export.export(source.model, args, kwargs or None, dynamic_shapes=dynamic_shapes, strict=False)
+        numbers_as_floats(program)
+        onnx_program = torch.onnx.export(
+            expand(program, expanded),
+            dynamo=True,
+            optimize=False,
+            custom_translation_table=TRANSLATIONS,
+            verbose=False,
+        )
     assert onnx_program is not None
     assert onnx_program.exported_program is not None
-    model = onnx_program.model
+    return onnx_program.model, onnx_program.exported_program
+
+
+def _captured(source: Source, model: ir.Model, program: torch.export.ExportedProgram) -> Captured:
     placeholders = [value.name or "" for value in model.graph.inputs]
     for value, name in zip(model.graph.inputs, source.names.names, strict=True):
         value.name = name
@@ -89,33 +129,12 @@ def capture_plainly(source: Source, *, free_sizes: bool = False, expanded: Colle
         if call:
             units[node.name] = call[1]
     record_provenance(model)
-    if free_sizes:
-        signature = signature_of(model)
-    else:
-        signature = Signature(
-            tuple(tensor_spec(v) for v in model.graph.inputs), tuple(tensor_spec(v) for v in model.graph.outputs)
-        )
-    own = {**source.model.state_dict(), **onnx_program.exported_program.constants}
+    own = {**source.model.state_dict(), **program.constants}
     parameters = frozenset(name for name, value in own.items() if isinstance(value, torch.Tensor))
     return Captured(
-        Exported(model, signature, Target()),
+        Exported(model, signature_of(model), Target()),
         parameters & model.graph.initializers.keys(),
-        onnx_program.exported_program,
+        program,
         dict(zip(placeholders, source.names.names, strict=True)),
         units,
     )
-
-
-def _program(source: Source, free_sizes: bool) -> torch.export.ExportedProgram:
-    """Run torch.export, with sizes as free as they can be, if that is asked for."""
-    args, kwargs = source.call
-    ranks = {name: tensor.dim() for name, tensor in source.names.tensors(source.call).items()}
-    free: dict[str, dict[int, Any]] = {name: dict.fromkeys(range(rank)) for name, rank in ranks.items()}
-    for declared, oblivious in ((free, True), (free, False)) if free_sizes else ():
-        shapes = torch_dynamic_shapes(source.model, source.call, source.names, declared)
-        with _config.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
-            try:
-                return torch.export.export(source.model, args, kwargs or None, dynamic_shapes=shapes, strict=False)
-            except Exception:  # noqa: BLE001, S112 - torch raises anything; what is really wrong shows at fixed sizes
-                continue
-    return torch.export.export(source.model, args, kwargs or None, strict=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from torchferry.precision.ranges import Feeds
 
 _SAME = 1e-5  # relative; the repaired module in FP32 does the same sums, and differs only where eps was raised
+_SIZES = 4
+_NAMED = re.compile(r"L\['(\w+)'\]")  # how torch names an input in a condition
 _NO_KERNEL = "not implemented for 'Half'"
 
 
@@ -45,6 +49,14 @@ class _Task:
     how: str
     headroom_bits: int
     started: float
+
+    def sizes(self) -> list[Call]:
+        """Return a call of each set of sizes, at most four."""
+        names = self.source.names
+        by_shapes = {
+            tuple(tensor.shape for tensor in names.tensors(call).values()): call for call in reversed(self.calls)
+        }
+        return list(by_shapes.values())[-_SIZES:]
 
     def certified(self, captured: Captured, found: Plan) -> Certificate:
         repaired = repair(captured.exported, found)
@@ -123,6 +135,7 @@ def _by_calls(task: _Task) -> _Fixed:
         if not (islands & EXPANSIONS.keys()) - expanded:
             break
         expanded |= islands & EXPANSIONS.keys()
+    _settle_guards(task, captured.program)
     fixed = with_calls(captured, numbers, found, frozenset(task.model.state_dict()))
     _require_same(task, fixed)
     keep_numbers_above_zero(fixed)
@@ -135,17 +148,72 @@ def _outputs(model: torch.nn.Module, call: Call) -> list[torch.Tensor]:
         return flatten_outputs(model(*call[0], **call[1]))
 
 
+def _settle_guards(task: _Task, program: torch.export.ExportedProgram) -> None:
+    """Drop those of torch's conditions on sizes that do not matter: runs that break them give the same.
+
+    Runs are the data, and one of its calls with a batch of 1, which torch takes for special.
+    """
+    for call in task.sizes():
+        program._guards_code = _unbroken(program, call)
+    single = _single(task)
+    if single is None:
+        return
+    kept, program._guards_code = program._guards_code, _unbroken(program, single)
+    if not _are_same(task.model, program.module(check_guards=True), single):
+        program._guards_code = kept
+
+
+def _unbroken(program: torch.export.ExportedProgram, call: Call) -> list[str]:
+    """Return torch's conditions on sizes that a call does not break."""
+    program = copy.copy(program)
+    while True:
+        try:
+            with torch.no_grad():
+                program.module(check_guards=True)(*call[0], **call[1])
+        except AssertionError as exc:
+            said = {code: ast.unparse(ast.parse(_NAMED.sub(r"\1", code), mode="eval")) for code in program._guards_code}
+            kept = [code for code, words in said.items() if str(exc) != f"Guard failed: {words}"]
+            if len(kept) == len(program._guards_code):
+                raise
+            program._guards_code = kept
+        else:
+            return program._guards_code
+
+
+def _single(task: _Task) -> Call | None:
+    """Return a call of the data with a batch of 1; None if it cannot be told what that would be."""
+    tensors = task.source.names.tensors(task.calls[0])
+    if {tensor.shape[0] for tensor in tensors.values() if tensor.dim()} & {0, 1} or not tensors:
+        return None
+    call = task.source.names.replace(task.calls[0], {name: t[:1] if t.dim() else t for name, t in tensors.items()})
+    try:
+        _outputs(task.model, call)
+    except Exception:  # noqa: BLE001 - whatever the user's forward says to sizes that it was not asked about
+        return None
+    return call
+
+
+def _are_same(model: torch.nn.Module, other: torch.nn.Module, call: Call) -> bool:
+    with torch.no_grad():
+        got = flatten_outputs(other(*call[0], **call[1]))
+    return all(_is_close(each, want) for each, want in zip(got, _outputs(model, call), strict=True))
+
+
+def _is_close(got: torch.Tensor, want: torch.Tensor) -> bool:
+    scale = float(want.abs().max()) if want.numel() else 0.0
+    same_shape = got.shape == want.shape
+    return same_shape and torch.allclose(got.to(want.dtype), want, rtol=_SAME, atol=_SAME * scale, equal_nan=True)
+
+
 def _require_same(task: _Task, fixed: torch.nn.Module) -> None:
     """Refuse a module that uses its parameters in a way that its graph does not show."""
-    for call in task.calls[:2]:
-        for want, got in zip(_outputs(task.model, call), _outputs(fixed, call), strict=True):
-            scale = float(want.abs().max()) if want.numel() else 0.0
-            if not torch.allclose(got.to(want.dtype), want, rtol=_SAME, atol=_SAME * scale, equal_nan=True):
-                raise ModelError(
-                    "the repaired module does not give the same outputs: it uses its parameters in a way that its "
-                    "graph does not show",
-                    hint="repair the exported graph: ferry.fp16.fix(ferry.export(model, args), calibration)",
-                )
+    with evaluation_mode(fixed):
+        if not all(_are_same(task.model, fixed, call) for call in task.sizes()):
+            raise ModelError(
+                "the repaired module does not give the same outputs: it uses its parameters in a way that its graph "
+                "does not show",
+                hint="repair the exported graph: ferry.fp16.fix(ferry.export(model, args), calibration)",
+            )
 
 
 def _require_finite_half(task: _Task, fixed: torch.nn.Module, outside: Collection[str]) -> None:
