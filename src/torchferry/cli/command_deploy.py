@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torchferry.cli.model_flags import add_model_flags, read_config
+from torchferry.cli.model_flags import add_budget_flag, add_model_flags, read_config
 
 if TYPE_CHECKING:
     import argparse
@@ -20,6 +20,7 @@ def add(commands: Any) -> None:
         description="Export, compile, verify and pack a model. The package is whole or absent.",
     )
     add_model_flags(parser)
+    add_budget_flag(parser)
     parser.add_argument("-o", "--out", metavar="FOLDER", help="the package's folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torchferry.cli.model_flags import add_model_flags, read_config
+from torchferry.cli.model_flags import add_budget_flag, add_model_flags, read_config
 from torchferry.cli.outputs import check_output_file
 from torchferry.core.errors import ConfigError, did_you_mean
 
@@ -24,6 +24,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("package", metavar="PACKAGE")
     add_model_flags(parser)
+    add_budget_flag(parser)
     parser.add_argument("--report", metavar="FILE", help="write the report as .html, .json or text")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)

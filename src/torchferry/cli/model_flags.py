@@ -42,6 +42,17 @@ def add_model_flags(parser: argparse.ArgumentParser, config: str = "CONFIG") -> 
     )
 
 
+def add_budget_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says which error an output may have."""
+    parser.add_argument(
+        "--budget",
+        action="append",
+        metavar="LIMIT=NUMBER,…",
+        help="the error that every output may have: max_abs=1e-3, relative=0.01 (L2, one percent) or both; "
+        "default: the precision's tolerance",
+    )
+
+
 def add_weights_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags that say which PyTorch model, with which weights."""
     group.add_argument("--model", metavar="REF", help="module:factory or file.py:factory")
@@ -90,6 +101,12 @@ def _from_flags(options: argparse.Namespace, config: dict[str, Any]) -> dict[str
     for item in options.dynamic or ():
         name, axes = parse_dynamic(item)
         put("export.dynamic", {name: axes})  # the name itself may hold a dot
+    for item in vars(options).get("budget") or ():  # not a flag of every command
+        for limit in item.split(","):
+            key, equals, value = limit.strip().partition("=")
+            if not equals or not key:
+                raise ConfigError(f"--budget '{item}' must look like max_abs=1e-3,relative=0.01")
+            put(f"budget.{key}", toml_value(value))
     target = {"backend": options.target, "precision": options.precision, "opset": options.opset}
     target = {key: value for key, value in target.items() if value is not None}
     if target and "backend_config" in config:

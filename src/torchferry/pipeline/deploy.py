@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchferry import backends
-from torchferry.core.compare import TOLERANCES, Tolerance
+from torchferry.core.compare import TOLERANCES, Budget, Criterion, Tolerance
 from torchferry.core.errors import ConfigError, OutputError, TorchferryError, VerificationError
 from torchferry.core.files import check_free, output_errors
 from torchferry.core.report import Finding, Report
@@ -39,6 +39,7 @@ def deploy(
     *,
     data: Any = None,
     tolerance: Tolerance | None = None,
+    budget: Budget | None = None,
     sizes: Mapping[str, Sequence[int]] | None = None,
     preprocess: Mapping[str, Preprocess] | None = None,
     postprocess: Mapping[str, Postprocess] | None = None,
@@ -56,6 +57,7 @@ def deploy(
         out: The package's folder; it is whole or absent at the end.
         data: Inputs to verify on, one tuple or dict of tensors or an iterable of them; the source's example if None.
         tolerance: What is asked of every engine; its precision's own by default.
+        budget: The error that every output may have, in place of a tolerance.
         sizes: Sizes of dynamic dimensions to verify at; chosen from their ranges by default.
         preprocess: How a picture becomes each input.
         postprocess: How each output becomes a picture; where inputs are pictures and this is not said, outputs shaped
@@ -70,16 +72,19 @@ def deploy(
         The package, loaded.
 
     Raises:
+        ConfigError: If both a tolerance and a budget are given.
         VerificationError: If an engine does not give what PyTorch gives. Nothing is packed; the report lies beside the
             folder, as ``OUT.report.html``.
         TorchferryError: As ``export``, ``compile``, ``verify`` and ``pack``.
     """
+    if tolerance is not None and budget is not None:
+        raise ConfigError("a tolerance and a budget both say which error is allowed", hint="give one of them")
     return _walk(
         source,
         targets,
         Path(out),
         data=data,
-        tolerance=lambda _: tolerance,
+        tolerance=lambda _: tolerance or budget,
         sizes=sizes,
         preprocess=preprocess,
         postprocess=postprocess,
@@ -97,7 +102,7 @@ def _walk(
     out: Path,
     *,
     data: Any,
-    tolerance: Callable[[Target], Tolerance | None],
+    tolerance: Callable[[Target], Criterion | None],
     sizes: Mapping[str, Sequence[int]] | None,
     preprocess: Mapping[str, Preprocess] | None,
     postprocess: Mapping[str, Postprocess] | None,
@@ -188,7 +193,7 @@ def verify_at(
     engine: Engine,
     source: Source,
     data: Any,
-    tolerance: Tolerance | None,
+    tolerance: Criterion | None,
     sizes: Mapping[str, Sequence[int]] | None,
 ) -> Report:
     """Verify as one step, at every combination of the sizes given, or at sizes chosen from the ranges.
@@ -337,8 +342,10 @@ def deploy_config(
     )
 
 
-def tolerance_of(config: DeployConfig, target: Target) -> Tolerance | None:
-    """Return the tolerance that a config asks for; None where it leaves that to the precision."""
+def tolerance_of(config: DeployConfig, target: Target) -> Criterion | None:
+    """Return what a config asks of a target's outputs; None where it leaves that to the precision."""
+    if config.budget is not None:
+        return Budget(**config.budget.model_dump())
     if config.verify.atol is None and config.verify.rtol is None:
         return None
     default = TOLERANCES[target.precision]
