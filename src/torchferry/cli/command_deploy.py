@@ -29,15 +29,20 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run the command."""
+    from torchferry.pipeline.auto import tried_table
     from torchferry.pipeline.deploy import deploy_config
     from torchferry.pipeline.steps import Steps
 
     config = read_config(options, options.out)
     steps = Steps(terminal)
-    package, report = deploy_config(config, overwrite=options.overwrite, steps=steps)
+    deployed = deploy_config(config, overwrite=options.overwrite, steps=steps)
+    package, report, tried = deployed.package, deployed.report, deployed.tried
     terminal.findings(report.findings)
+    values = {"package": str(package.folder), "steps": steps.done, "report": report.to_dict()}
     terminal.result(
-        f"{package}\nreport: {package.folder / 'report.html'}",
-        {"package": str(package.folder), "steps": steps.done, "report": report.to_dict()},
+        "\n".join(
+            [str(package), *([tried_table(tried)] if tried else []), f"report: {package.folder / 'report.html'}"]
+        ),
+        {**values, "tried": tried} if tried else values,
     )
     return 0

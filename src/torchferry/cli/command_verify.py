@@ -33,8 +33,9 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run the command."""
     from torchferry.package import load
-    from torchferry.pipeline.deploy import join_reports, load_model_and_data, tolerance_of, verify_at
+    from torchferry.pipeline.deploy import load_model_and_data, tolerance_of
     from torchferry.pipeline.steps import Steps
+    from torchferry.pipeline.walk import join_reports, verify_at
 
     package = load(options.package)
     engines = _chosen(package.engines, options.target)

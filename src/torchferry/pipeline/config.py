@@ -52,6 +52,10 @@ class TargetSection(_Section):
     opset: int | None = None
     options: dict[str, int] = {}
 
+    def target(self) -> Target:
+        """Return the target; what was not said is left to it."""
+        return Target(**self.model_dump(exclude_unset=True))
+
 
 class ExportSection(_Section):
     """Names and dynamic dimensions of the graph.
@@ -201,7 +205,7 @@ class DeployConfig(_Section):
             MissingBackendError: If ``backend_config`` names an engine that nobody knows.
         """
         if self.backend_config is None:
-            return [Target(**target.model_dump()) for target in self.targets]
+            return [target.target() for target in self.targets]
         return [self.backend_config.target(backends.options(self.backend_config.type))]
 
     def findings(self) -> tuple[Finding, ...]:
