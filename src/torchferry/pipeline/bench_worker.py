@@ -224,7 +224,7 @@ class Server:
         cpu, begun = time.process_time(), time.perf_counter()
         for _ in range(count):
             start = time.perf_counter()
-            if within is not None and start - begun > within:
+            if seconds and within is not None and start - begun > within:
                 break
             opened.run()
             seconds.append(time.perf_counter() - start)
