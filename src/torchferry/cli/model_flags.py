@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchferry.core.errors import ConfigError
-from torchferry.core.target import DEFAULT_BACKEND
+from torchferry.core.target import AUTO, DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     import argparse
@@ -34,8 +34,14 @@ def add_model_flags(parser: argparse.ArgumentParser, config: str = "CONFIG") -> 
         help="dynamic dimensions, such as image:0=batch,2=height,3=width, with sizes image:0=batch=1..8, "
         "with the usual one image:0=batch=1..4..8; repeatable",
     )
-    graph.add_argument("--target", "--backend", dest="target", metavar="ENGINE", help=f"default: {DEFAULT_BACKEND}")
-    graph.add_argument("--precision", help="fp32 (default), fp16, bf16 or int8")
+    graph.add_argument(
+        "--target",
+        "--backend",
+        dest="target",
+        metavar="ENGINE",
+        help=f"default: {DEFAULT_BACKEND}; for deploy also {AUTO}, the fastest here",
+    )
+    graph.add_argument("--precision", help=f"fp32 (default), fp16, bf16 or int8; with {AUTO} all, or this one")
     graph.add_argument("--opset", type=int, help="opset of the ONNX graph")
     parser.add_argument(
         "--set", action="append", metavar="KEY=VALUE", help="any other key of the config, such as verify.atol=1e-5"

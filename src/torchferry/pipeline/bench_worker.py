@@ -220,7 +220,7 @@ class Server:
     def _run(self, opened: Opened, count: int, within: float | None) -> dict[str, Any]:
         """Time some runs, after one that brings the contender's data back into the caches."""
         opened.run()
-        seconds = []
+        seconds: list[float] = []
         cpu, begun = time.process_time(), time.perf_counter()
         for _ in range(count):
             start = time.perf_counter()
