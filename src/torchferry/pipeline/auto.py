@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torchferry.pipeline.walk import Walk
 
 Verdict = Literal["chosen", "fallback", "within", "outside", "refused", "failed"]
-ROUNDS = 15
+_ROUNDS = 15
 NOISE = 1.05
 """What takes at most this times as long as the fastest counts as equally fast."""
 
@@ -215,7 +215,7 @@ def _measured(walk: Walk, arrivals: Sequence[Arrival]) -> BenchReport:
         Contender(str(arrival.target), {"kind": "engine", "folder": str(arrival.engine.folder)}, feeds)
         for arrival in arrivals
     ]
-    plan = Plan(usable_cores(), rounds=ROUNDS, race=True)
+    plan = Plan(usable_cores(), rounds=_ROUNDS, race=True)
     return BenchReport(measure(contenders, plan, walk.steps), (shown_inputs(feeds),), plan.threads)
 
 
@@ -224,14 +224,13 @@ def _taken(timed: Sequence[tuple[Arrival, BenchRow]], bench: BenchReport) -> tup
     fastest = bench.fastest
     if fastest is None:
         return ()
-    running = [(arrival, row, ratio) for arrival, row in timed if (ratio := bench.ratio(row, to=fastest)) is not None]
-    tied = [arrival for arrival, _, ratio in running if ratio.median <= NOISE]
-    chosen = min(tied, key=lambda arrival: _errors(arrival)[1])
+    running = [(arrival, ratio.median) for arrival, row in timed if (ratio := bench.ratio(row, to=fastest)) is not None]
+    chosen = min((arrival for arrival, ratio in running if ratio <= NOISE), key=lambda arrival: _errors(arrival)[1])
     if chosen.target.precision == "fp32":
         return (chosen,)
     sure = [
-        (ratio.median, arrival)
-        for arrival, _, ratio in running
+        (ratio, arrival)
+        for arrival, ratio in running
         if arrival.target.precision == "fp32" and arrival.engine.signature == chosen.engine.signature
     ]
     return (chosen, *(arrival for _, arrival in sorted(sure, key=lambda pair: pair[0])[:1]))
