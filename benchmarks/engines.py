@@ -1,7 +1,8 @@
 """Our session against direct use of the same engine, plain torch.onnx.export, PyTorch and torch.compile.
 
 Every network's contenders take turns, each in a process of its own; the ratios are medians over the rounds, with
-quartiles, and that of the CPU time, which other processes disturb less. OpenVINO and bf16 take part where they are.
+quartiles, and that of the CPU time, which other processes disturb less. OpenVINO and bf16 take part where they are, and
+what ``deploy`` chooses as ``auto``, without a budget and within one of 1 %, on as many cores as there are threads.
 
     python benchmarks/engines.py [NAME …] [--rounds 10] [--no-compile] [--json FILE]
 """
@@ -12,6 +13,7 @@ import importlib.util
 import io
 import json
 import logging
+import os
 import sys
 import tempfile
 import warnings
@@ -22,10 +24,12 @@ import torch
 import torchferry as ferry
 from engine_models import NAMES, build
 from torchferry import backends
+from torchferry.core.target import AUTO
 from torchferry.pipeline.bench_driver import Contender, Plan, measure
 from torchferry.pipeline.bench_report import BenchReport
 from torchferry.pipeline.environment import machine
 
+BUDGETS = {"auto": None, "auto, 1 %": ferry.Budget(relative=0.01)}
 DIRECT = (str(Path(__file__).with_name("engine_direct.py")),)
 FILES = {"onnxruntime": "model.onnx", "openvino": "model.xml"}  # what each engine's folder holds
 
@@ -59,6 +63,36 @@ def contenders(name: str, folder: Path, *, compiles: bool) -> list[Contender]:
     if compiles:
         found.append(Contender("torch.compile", {**reference, "compiled": True}, inputs))
     return found
+
+
+def chosen(name: str, folder: Path, threads: int) -> tuple[dict[str, str], list[Contender]]:
+    """Return what ``auto`` chooses under each budget, and contenders for it."""
+    model, shape = build(name)
+    example = torch.rand(shape)
+    picks, found = {}, []
+    usable = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(usable)[:threads])  # what it measures with is as many threads as there are cores
+    try:
+        for label, budget in BUDGETS.items():
+            source = ferry.Source(model, (example,), input_names=("x",))
+            package = ferry.deploy(source, AUTO, folder / label, budget=budget)
+            picks[label] = package.manifest.engines[0].id
+            spec = {"kind": "package", "folder": str(package.folder), "id": picks[label]}
+            found.append(Contender(picks[label], spec, {"x": example.numpy()}))
+    finally:
+        os.sched_setaffinity(0, usable)
+    return picks, found
+
+
+def auto_summary(report: BenchReport, picks: dict[str, str]) -> list[str]:
+    """Word what was chosen, and its ratio to everything else in the run."""
+    rows = {row.name: row for row in report.rows if row.measured}
+    lines = []
+    for label, target in picks.items():
+        others = {n: report.ratio(rows[target], to=row) for n, row in rows.items() if n != target and target in rows}
+        ratios = ", ".join(f"{ratio.median:.3f} {other}" for other, ratio in others.items() if ratio)
+        lines.append(f"  {label}: {target}; ÷ {ratios}")
+    return lines
 
 
 def summary(report: BenchReport) -> list[str]:
@@ -101,11 +135,14 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             found = contenders(name, Path(folder), compiles=not options.no_compile)
+            picks, more = chosen(name, Path(folder), options.threads)
+            names = {contender.name for contender in found}
+            found += {contender.name: contender for contender in more if contender.name not in names}.values()
             rows = measure(found, Plan(options.threads, rounds=options.rounds))
         shown = f"{name}: float32{list(found[0].inputs['x'].shape)}"
         reports[name] = BenchReport(rows, (shown,), options.threads, {"load": machine().get("load", "unknown")})
         print(reports[name])
-        print("\n".join(summary(reports[name])), end="\n\n", flush=True)
+        print("\n".join([*summary(reports[name]), *auto_summary(reports[name], picks)]), end="\n\n", flush=True)
     if options.json:
         Path(options.json).write_text(json.dumps({name: found.to_dict() for name, found in reports.items()}, indent=1))
 

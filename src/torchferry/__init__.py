@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torchferry import fp16, testing
     from torchferry import rewrite as rewriters
     from torchferry.backends import compile
-    from torchferry.core.compare import Tolerance
+    from torchferry.core.compare import Budget, Tolerance
     from torchferry.core.engine import Engine, Session
     from torchferry.core.errors import TorchferryError
     from torchferry.core.report import Finding, Report
@@ -62,6 +62,7 @@ _HOMES = {
     "patch_model": "torchferry.rewrite",
     "register_op": "torchferry.rewrite",
     "BenchReport": "torchferry.pipeline.bench_report",
+    "Budget": "torchferry.core.compare",
     "Chain": "torchferry.pipeline.chain",
     "DimRange": "torchferry.core.signature",
     "Engine": "torchferry.core.engine",
@@ -98,6 +99,7 @@ __all__ = [
     "MODULE_REWRITER",
     "SYMBOLIC_REWRITER",
     "BenchReport",
+    "Budget",
     "Chain",
     "DimRange",
     "Engine",

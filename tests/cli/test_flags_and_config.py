@@ -89,6 +89,19 @@ def test_flags_win_and_the_rest_of_the_config_stays(ferry, place, config):
     assert (tolerance.atol, tolerance.rtol) == (2e-3, 0.5)
 
 
+def test_a_budget_on_the_flags_wins_limit_by_limit(ferry, place, config):
+    text = (place / config).read_text().replace("atol = 2e-3", "")
+    (place / config).write_text(f"{text}\n[budget]\nmax_abs = 1e-9\n")
+    assert "differs" in ferry("deploy", config).refusal
+    given = ("--budget", "max_abs=1e-3", "--budget", "relative=0.02", "-o", "new")
+    assert ferry("deploy", config, *given, "--budget", "max_abs=2e-3").status == 0
+    budget = load(place / "new").manifest.verified.tolerances["y"]
+    assert (budget.max_abs, budget.relative) == (2e-3, 0.02)
+    ran = ferry("verify", "new", config, "--budget", "relative=1e-12, max_abs=1")
+    assert ran.status == 1
+    assert "allowed 1e-12, worst at" in ran.out
+
+
 def test_an_engine_on_the_flags_keeps_the_rest_of_the_target(ferry, place, config):
     with (place / config).open("a") as file:
         file.write('[[targets]]\nbackend = "onnxruntime"\nopset = 19\n')

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from torchferry.core.compare import TOLERANCES, Tolerance, compare
+from torchferry.core.compare import TOLERANCES, Budget, Tolerance, compare
+from torchferry.core.errors import ConfigError
 
 LOOSE = Tolerance(1e40, 1)  # holds every pair of finite float32
 EXACT = Tolerance(0, 0)
@@ -121,6 +122,7 @@ def test_a_tolerance_applies_to_every_kind_of_float(dtype: type) -> None:
     result = compare(want, got, Tolerance(0.4, 0))
     assert not result.passed
     assert (result.max_abs, result.mean_abs, result.max_rel, result.mismatched) == (0.5, 0.25, 0.25, 1)
+    assert result.relative == pytest.approx(0.5 / 5**0.5)
     assert "worst at (1,)" in result.reason
 
 
@@ -146,7 +148,7 @@ def test_empty_arrays_agree() -> None:
     result = compare(np.zeros((0, 3)), np.zeros((0, 3)), EXACT, name="boxes", case="nothing seen")
     assert result.passed
     assert (result.elements, result.histogram) == (0, ())
-    assert str(result) == "boxes [nothing seen] max abs 0, mean abs 0: agrees"
+    assert str(result) == "boxes [nothing seen] max abs 0, mean abs 0, relative 0: agrees"
 
 
 def test_a_scalar_is_compared() -> None:
@@ -164,7 +166,7 @@ def test_extreme_values_give_figures_without_a_warning() -> None:
     huge = np.finfo(np.float64).max
     result = compare(np.array([1e-300, huge]), np.array([1e300, -huge]), EXACT)
     assert result.mismatched == 2
-    assert (result.max_abs, result.max_rel) == (inf, inf)
+    assert (result.max_abs, result.max_rel, result.relative) == (inf, inf, inf)
 
 
 @pytest.mark.parametrize(
@@ -199,3 +201,54 @@ def test_inputs_are_not_changed() -> None:
     assert want[0] == 1
     assert np.isnan(want[1])
     assert got.tolist() == [2, 3]
+
+
+@given(pair=pairs(allow_nan=False, allow_infinity=False), limit=st.sampled_from([0, 1e-6, 1e-3, 1]))
+def test_a_budget_of_the_largest_error_is_an_absolute_tolerance(
+    pair: tuple[np.ndarray, np.ndarray], limit: float
+) -> None:
+    budget, tolerance = (compare(*pair, asked) for asked in (Budget(max_abs=limit), Tolerance(limit, 0)))
+    assert (budget.passed, budget.mismatched, budget.reason) == (
+        tolerance.passed,
+        tolerance.mismatched,
+        tolerance.reason,
+    )
+
+
+@given(pair=pairs(allow_nan=False, allow_infinity=False))
+def test_a_relative_budget_is_about_the_whole_output(pair: tuple[np.ndarray, np.ndarray]) -> None:
+    want, got = (array.astype(np.longdouble) for array in pair)  # where no square of a float32 overflows or vanishes
+    error, size = np.sqrt(((got - want) ** 2).sum()), np.sqrt((want**2).sum())
+    relative = float(error / size) if size else float(inf if error else 0)
+    result = compare(*pair, Budget(relative=0.5))
+    assert result.relative == pytest.approx(relative, rel=1e-6)
+    assert result.passed == (result.relative <= 0.5) == (result.reason == "")
+
+
+def test_a_budget_says_what_was_too_much() -> None:
+    want, got = np.float32([3, 4, 0]), np.float32([3, 4, 1])
+    assert compare(want, got, Budget(relative=0.2)).passed
+    relative = compare(want, got, Budget(relative=0.1))
+    assert relative.reason == "relative error 0.2, allowed 0.1, worst at (2,): expected 0, got 1"
+    assert relative.mismatched == 0
+    both = compare(want, got, Budget(max_abs=0.5, relative=0.1))
+    assert both.reason.startswith("relative error 0.2, allowed 0.1; 1 of 3 elements, worst at (2,)")
+    assert not compare(want, got, Budget(max_abs=0.5, relative=1)).passed
+    assert not compare(want, got, Budget(max_abs=2, relative=0.1)).passed
+
+
+def test_a_budget_says_nothing_of_specials_and_whole_numbers() -> None:
+    wide = Budget(relative=1e9)
+    assert compare(np.float32([nan, inf, 1]), np.float32([nan, inf, 2]), wide).passed
+    assert not compare(np.float32([nan, 1]), np.float32([0, 1]), wide).passed
+    assert not compare(np.float32([nan]), np.float32([inf]), wide).passed
+    assert not compare(np.int64([1, 2]), np.int64([1, 3]), wide).passed
+    assert compare(np.zeros((0, 3)), np.zeros((0, 3)), Budget(relative=0)).passed
+
+
+@pytest.mark.parametrize(
+    "limits", [{}, {"max_abs": -1}, {"relative": nan}, {"max_abs": inf}, {"max_abs": 1, "relative": "1%"}]
+)
+def test_a_budget_of_nonsense(limits: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="budget"):
+        Budget(**limits)

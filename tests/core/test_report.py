@@ -48,7 +48,7 @@ def test_text() -> None:
     assert REPORT.to_text().splitlines() == [
         "verify net on reference-fp32: FAILED",
         f"  {BAD}",
-        "  n [photo] max abs 0, mean abs 0: agrees",
+        "  n [photo] max abs 0, mean abs 0, relative 0: agrees",
         "  warning: the model was in training mode [eval-mode]",
         "  error: output 'y' differs [output-differs]",
         "    at net.py:3",

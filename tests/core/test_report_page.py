@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from torchferry.core.compare import Comparison, Tolerance, compare
+from torchferry.core.compare import Budget, Comparison, Tolerance, compare
 from torchferry.core.errors import OutputError
 from torchferry.core.report import Finding, Picture, Report
 
@@ -93,7 +93,7 @@ def test_shows_everything() -> None:
         "verify net on reference-fp32", "Failed", "error", "output-differs", "output 'y' differs", "net.py:3: x / y",
         "use fp32", "eval-mode", "y", "photo", "float64[1000]", "0.5", "0.0005", "1 of 1,000",
         "atol 0.0001, rtol 0.0001", "differs", "1 of 1 differ", "environment", "python", "3.11", "steps", "export",
-        "at size 3", "PyTorch", "engine", "absolute error (decades)", "elements (log scale)", "10⁻¹⁰", "10²", "atol",
+        "at size 3", "PyTorch", "engine", "absolute error (decades)", "elements (log scale)", "10⁻¹⁰", "10²", "allowed",
     ):  # fmt: skip
         assert text in page.texts, text
     assert "1 of 1000 elements, worst at (0,): expected 0, got 0.5" in page.text
@@ -196,7 +196,7 @@ def test_figures_that_do_not_exist_are_not_invented() -> None:
     shape = compare(np.float32([1]), np.float32([1, 1, 1]), TOLERANCE, name="y")
     page = Page(Report("t", comparisons=(nan, shape)))
     assert "svg" not in page.tags
-    assert page.texts.count("\N{EN DASH}") == 8  # three figures and a missing case, twice
+    assert page.texts.count("\N{EN DASH}") == 10  # four figures and a missing case, twice
     assert "5 elements have no error to plot" in page.text
 
 
@@ -204,14 +204,18 @@ def test_the_tolerance_is_drawn_where_it_decides() -> None:
     whole = compare(np.arange(3), np.arange(3), TOLERANCE, name="y")
     off_the_axis = compare(np.zeros(1), np.zeros(1), Tolerance(1e9, 0), name="y")
     other = compare(np.zeros(1), np.zeros(1), Tolerance(1e-2, 0), name="y")
-    assert "atol" in Page(Report("t", comparisons=(one(), one()))).texts
+    assert "allowed" in Page(Report("t", comparisons=(one(), one()))).texts
     for comparisons in [
         (whole,),
         (off_the_axis,),
         (one(), other),
         (compare(np.zeros(1), np.zeros(1), Tolerance(0, 0)),),
     ]:
-        assert "atol" not in Page(Report("t", comparisons=comparisons)).texts
+        assert "allowed" not in Page(Report("t", comparisons=comparisons)).texts
+    by_budget = compare(np.ones(1), np.ones(1) * 1.25, Budget(max_abs=1e-2, relative=1), name="y")
+    page = Page(Report("t", comparisons=(by_budget,)))
+    assert {"allowed", "0.25", "budget max_abs 0.01, relative 1"} <= set(page.texts)
+    assert "allowed" not in Page(Report("t", comparisons=(compare(np.ones(1), np.ones(1), Budget(relative=1)),))).texts
     assert "exact" in Page(Report("t", comparisons=(whole,))).texts
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from torchferry.core.compare import Tolerance
+from torchferry.core.compare import Budget, Tolerance
 from torchferry.core.errors import FormatError, IntegrityError, MissingFileError
 from torchferry.core.report import Finding, Report
 from torchferry.core.signature import DimRange, Relation, Signature, TensorSpec
@@ -63,12 +63,15 @@ engines = st.builds(
 def verifications(draw):
     names = draw(st.lists(label, unique=True, max_size=3))
     numbers = st.floats(min_value=0, allow_nan=False)
+    limits = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
+    asked = st.builds(Tolerance, numbers, numbers) | st.builds(Budget, limits, st.none() | limits)
     return Verification(
         title=draw(text),
         passed=draw(st.booleans()),
         cases=tuple(draw(st.lists(text, max_size=3))),
         max_abs={name: draw(numbers) for name in names},
-        tolerances={name: Tolerance(draw(numbers), draw(numbers)) for name in names},
+        relative={name: draw(numbers) for name in names},
+        tolerances={name: draw(asked) for name in names},
     )
 
 
@@ -123,9 +126,10 @@ def test_verification_sums_up_a_report(report):
         passed=True,
         cases=("2x2", "5x7"),
         max_abs={"big": 0.25},
+        relative={"big": 0.25},
         tolerances={"big": Tolerance(0.5, 0)},
     )
-    assert str(got) == "passed, 2 cases; big max abs 0.25 (atol 0.5, rtol 0)"
+    assert str(got) == "passed, 2 cases; big max abs 0.25, relative 0.25 (atol 0.5, rtol 0)"
     failed = Verification.of(report.with_findings([Finding("output-differs", "error", "it differs")]))
     assert not failed.passed
     assert str(Verification.of(Report("nothing"))) == "none, for nothing was run"

@@ -372,6 +372,40 @@ def test_open_says_why_none_can_be_used(both, monkeypatch):
         assert f"{name}: no such engine (pip install it)" in caught.value.message
 
 
+@pytest.fixture
+def narrow(onnx_file, engine, tmp_path):
+    """An engine in bf16 before one in fp32."""
+    openvino = backends.get("openvino")
+    if not openvino.availability().ok or "bf16" not in openvino.capabilities().precisions:
+        pytest.skip("this machine has no OpenVINO that computes in bf16")
+    first = backends.compile(onnx_file, Target("openvino", "bf16"), tmp_path / "bf16")
+    return pack([first, engine], tmp_path / "narrow")
+
+
+def test_open_goes_on_where_the_machine_lacks_the_precision(narrow, monkeypatch):
+    with narrow.open() as session:
+        assert "openvino" in type(session).__module__
+    openvino = backends.get("openvino")
+    here = dataclasses.replace(openvino.capabilities(), precisions=("fp32",))
+    monkeypatch.setattr(type(openvino), "capabilities", lambda _: here)
+    with narrow.open() as session:
+        assert "onnxruntime" in type(session).__module__
+    reason = "openvino-bf16: 'openvino' does not compute in bf16 here; it offers fp32"
+    with pytest.raises(MissingBackendError, match=reason):
+        narrow.open("openvino-bf16")
+    monkeypatch.setattr(type(backends.get("onnxruntime")), "availability", lambda _: Availability(False, reason="gone"))
+    with pytest.raises(MissingBackendError, match=f"{reason}\n  onnxruntime-fp32: gone"):
+        narrow.open()
+
+
+def test_open_goes_on_where_the_machine_lacks_the_device(both):
+    edit(both, lambda plain: plain["engines"][0]["target"].update(device="warp"))
+    with load(both.folder).open() as session:
+        assert "onnxruntime" in type(session).__module__
+    with pytest.raises(MissingBackendError, match="reference-fp32: 'reference' runs on 'cpu' here, not on 'warp'"):
+        load(both.folder).open("reference")
+
+
 def test_open_engine_of_a_newer_torchferry(packed):
     edit(packed, lambda plain: plain["engines"][0]["target"].update(backend="warp"))
     with pytest.raises(MissingBackendError, match="onnxruntime-fp32: unknown backend 'warp'"):
@@ -486,7 +520,7 @@ def test_str(packed):
         "  sizes   height 0..",
         "  sizes   width 0..",
         f"  engine  onnxruntime-fp32 (version {version}, {size:.2f} MiB)",
-        "  proof   passed, 2 cases; big max abs 0.25 (atol 0.5, rtol 0)",
+        "  proof   passed, 2 cases; big max abs 0.25, relative 0.25 (atol 0.5, rtol 0)",
         "  rewrite torch.Tensor.repeat x2",
     ]
 

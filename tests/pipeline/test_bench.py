@@ -19,6 +19,8 @@ from torchferry import backends
 from torchferry.core.errors import ConfigError, MissingBackendError, MissingFileError
 from torchferry.pipeline.bench import every_target, made_inputs
 from torchferry.pipeline.bench_driver import Contender, Plan, measure
+from torchferry.pipeline.bench_report import BenchReport
+from torchferry.pipeline.bench_worker import Server, open_contender
 
 QUICK = {"threads": 1, "rounds": 3, "runs": 2, "warm_up": 1}
 SIZES = {"n": 1, "h": 6, "w": 8}
@@ -48,6 +50,23 @@ for line in sys.stdin:
     else:
         print("out of luck", file=sys.stderr, flush=True)
         os.abort()
+"""
+
+
+# Speaks the protocol, and says that every run took what it was told.
+TOLD = """
+import json, sys
+np = __import__("numpy")
+for line in sys.stdin:
+    request = json.loads(line)
+    if "open" in request:
+        seconds = request["open"]["seconds"]
+        np.savez(request["outputs"])
+        print(json.dumps({"open_seconds": 1, "first_seconds": 1, "version": "1"}), flush=True)
+    elif "run" in request:
+        print(json.dumps({"seconds": [seconds] * request["run"], "cpu_seconds": seconds}), flush=True)
+    else:
+        print(json.dumps({"mib": 1}), flush=True)
 """
 
 
@@ -190,6 +209,34 @@ def test_one_that_dies_does_not_stop_the_others(onnx_file, tmp_path):
     assert rows[0].failed == "its process ended with SIGABRT: out of luck"
     assert rows[0].measured is None
     assert len(rows[1].measured.rounds) == 2
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "rounds"),
+    [((1.0, 1.2, 4.0), (8, 8, 5)), ((4.0, 1.0), (5, 5)), ((1.0,), (5,)), ((1.0, 1.0), (8, 8))],
+)
+def test_a_race_goes_on_among_those_that_may_win(tmp_path, milliseconds, rounds):
+    (tmp_path / "told.py").write_text(TOLD)
+    contenders = [
+        Contender(f"{ms} ms", {"seconds": ms / 1e3}, {}, worker=(str(tmp_path / "told.py"),)) for ms in milliseconds
+    ]
+    report = BenchReport(measure(contenders, Plan(threads=1, rounds=8, race=True)), (), 1)
+    assert tuple(len(row.measured.rounds) for row in report.rows) == rounds
+    assert report.fastest.name == f"{min(milliseconds)} ms"
+    assert [report.ratio(row, to=report.fastest).median for row in report.rows] == pytest.approx(
+        [ms / min(milliseconds) for ms in milliseconds]
+    )
+
+
+def test_a_round_ends_in_time_on_a_busy_machine(onnx_file, tmp_path):
+    engine = ferry.compile(onnx_file, ferry.Target(), tmp_path / "engine")
+    image = np.ones((1, 3, 6, 8), np.float32)
+    np.savez(tmp_path / "in.npz", image=image)
+    server = Server(open_contender)
+    opened = {"open": {"kind": "engine", "folder": str(engine.folder)}, "inputs": str(tmp_path / "in.npz")}
+    server.answer({**opened, "outputs": str(tmp_path / "out.npz"), "threads": 1})
+    assert len(server.answer({"run": 3, "within": 600})["seconds"]) == 3
+    assert len(server.answer({"run": 1_000_000, "within": 1e-9})["seconds"]) == 1
 
 
 def test_pytorch(onnx_file, model, monkeypatch):

@@ -50,6 +50,17 @@ def test_data_tolerance_and_sizes(tmp_path):
     assert verified.tolerances == {"y": tolerance}
 
 
+def test_a_budget(tmp_path):
+    budget = ferry.Budget(relative=1e-3)
+    package = ferry.deploy(_source(output_names=("y",)), out=tmp_path / "out", budget=budget, sizes={})
+    verified = ferry.load(tmp_path / "out").manifest.verified
+    assert verified == package.manifest.verified
+    assert verified.tolerances == {"y": budget}
+    assert 0 < verified.relative["y"] < 1e-3
+    with pytest.raises(ConfigError, match="a tolerance and a budget"):
+        ferry.deploy(_source(), out=tmp_path / "other", budget=budget, tolerance=ferry.Tolerance(1, 1))
+
+
 def test_a_model_that_draws_fresh_numbers_is_refused(tmp_path):
     class Noise(torch.nn.Module):
         def forward(self, x):

@@ -11,6 +11,7 @@ NAMES = [
     "MODULE_REWRITER",
     "SYMBOLIC_REWRITER",
     "BenchReport",
+    "Budget",
     "Chain",
     "DimRange",
     "Engine",

@@ -11,10 +11,10 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchferry.core.engine import RECORD_FILE, Backend, Engine, platform_versions
+from torchferry.core.engine import RECORD_FILE, Backend, Engine, check_capable, platform_versions
 from torchferry.core.errors import MissingBackendError, UnsupportedError, did_you_mean
 from torchferry.core.files import new_folder
-from torchferry.core.target import Target
+from torchferry.core.target import Target, check_named
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -41,11 +41,19 @@ def get(name: str) -> Backend:
 
     Raises:
         MissingBackendError: If no backend has this name.
+        ConfigError: If it is ``auto``, which stands for one.
     """
+    check_named(name)
     if name not in _TABLE:
         raise MissingBackendError(f"unknown backend '{name}'", hint=did_you_mean(name, _TABLE))
     backend: Backend = importlib.import_module(_TABLE[name]).BACKEND
     return backend
+
+
+def running() -> tuple[str, ...]:
+    """Return the names of all backends whose engines are installed and run here, the preferred one first."""
+    available = {name: get(name).availability() for name in _TABLE}
+    return tuple(name for name, found in available.items() if found.ok and found.can_run)
 
 
 def compile(graph: Any, target: Target, folder: str | PathLike[str], *, overwrite: bool = False) -> Engine:
@@ -97,22 +105,14 @@ def check_target(target: Target) -> None:
 
     Raises:
         MissingBackendError: If the engine is unknown or not installed.
-        UnsupportedError: If it cannot compute in this precision here, or does not have the device or an option.
+        UnsupportedError: As ``check_capable``, or if it does not have an option.
     """
     backend = get(target.backend)
     available = backend.availability()
     if not available.ok:
         raise MissingBackendError(f"the engine '{target.backend}' cannot be used here: {available.reason}")
     capabilities = backend.capabilities()
-    precisions = capabilities.precisions
-    if target.precision not in precisions:
-        raise UnsupportedError(
-            f"'{target.backend}' does not compute in {target.precision} here; it offers {', '.join(precisions)}",
-            hint=f"choose precision {' or '.join(precisions)}, or another backend",
-        )
-    if target.device != Target.device and not target.device.startswith(capabilities.devices or ("\0",)):
-        known = " or ".join(f"'{name}'" for name in capabilities.devices or (Target.device,))
-        raise UnsupportedError(f"'{target.backend}' runs on {known} here, not on '{target.device}'")
+    check_capable(target, capabilities)
     for name in target.options:
         if name not in capabilities.options:
             hint = did_you_mean(name, capabilities.options)

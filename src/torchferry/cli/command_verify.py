@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torchferry.cli.model_flags import add_model_flags, read_config
+from torchferry.cli.model_flags import add_budget_flag, add_model_flags, read_config
 from torchferry.cli.outputs import check_output_file
 from torchferry.core.errors import ConfigError, did_you_mean
 
@@ -24,6 +24,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("package", metavar="PACKAGE")
     add_model_flags(parser)
+    add_budget_flag(parser)
     parser.add_argument("--report", metavar="FILE", help="write the report as .html, .json or text")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -32,8 +33,9 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace, terminal: Terminal) -> int:
     """Run the command."""
     from torchferry.package import load
-    from torchferry.pipeline.deploy import join_reports, load_model_and_data, tolerance_of, verify_at
+    from torchferry.pipeline.deploy import load_model_and_data, tolerance_of
     from torchferry.pipeline.steps import Steps
+    from torchferry.pipeline.walk import join_reports, verify_at
 
     package = load(options.package)
     engines = _chosen(package.engines, options.target)

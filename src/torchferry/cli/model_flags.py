@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torchferry.core.errors import ConfigError
-from torchferry.core.target import DEFAULT_BACKEND
+from torchferry.core.target import AUTO, DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     import argparse
@@ -34,11 +34,28 @@ def add_model_flags(parser: argparse.ArgumentParser, config: str = "CONFIG") -> 
         help="dynamic dimensions, such as image:0=batch,2=height,3=width, with sizes image:0=batch=1..8, "
         "with the usual one image:0=batch=1..4..8; repeatable",
     )
-    graph.add_argument("--target", "--backend", dest="target", metavar="ENGINE", help=f"default: {DEFAULT_BACKEND}")
-    graph.add_argument("--precision", help="fp32 (default), fp16, bf16 or int8")
+    graph.add_argument(
+        "--target",
+        "--backend",
+        dest="target",
+        metavar="ENGINE",
+        help=f"default: {DEFAULT_BACKEND}; for deploy also {AUTO}, the fastest here",
+    )
+    graph.add_argument("--precision", help=f"fp32 (default), fp16, bf16 or int8; with {AUTO} all, or this one")
     graph.add_argument("--opset", type=int, help="opset of the ONNX graph")
     parser.add_argument(
         "--set", action="append", metavar="KEY=VALUE", help="any other key of the config, such as verify.atol=1e-5"
+    )
+
+
+def add_budget_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says which error an output may have."""
+    parser.add_argument(
+        "--budget",
+        action="append",
+        metavar="LIMIT=NUMBER,…",
+        help="the error that every output may have: max_abs=1e-3, relative=0.01 (L2, one percent) or both; "
+        "default: the precision's tolerance",
     )
 
 
@@ -90,6 +107,12 @@ def _from_flags(options: argparse.Namespace, config: dict[str, Any]) -> dict[str
     for item in options.dynamic or ():
         name, axes = parse_dynamic(item)
         put("export.dynamic", {name: axes})  # the name itself may hold a dot
+    for item in vars(options).get("budget") or ():  # not a flag of every command
+        for limit in item.split(","):
+            key, equals, value = limit.strip().partition("=")
+            if not equals or not key:
+                raise ConfigError(f"--budget '{item}' must look like max_abs=1e-3,relative=0.01")
+            put(f"budget.{key}", toml_value(value))
     target = {"backend": options.target, "precision": options.precision, "opset": options.opset}
     target = {key: value for key, value in target.items() if value is not None}
     if target and "backend_config" in config:

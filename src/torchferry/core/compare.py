@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from torchferry.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from torchferry.core.target import Precision
@@ -32,6 +36,41 @@ class Tolerance:
         return f"atol {self.atol:g}, rtol {self.rtol:g}"
 
 
+@dataclass(frozen=True)
+class Budget:
+    """The error that an output may have as a whole, whatever the precision that it was computed in.
+
+    Attributes:
+        max_abs: The largest absolute error of any element, in the output's unit; None for no limit.
+        relative: The L2 norm of the error ÷ that of the expected output, so that 0.01 is one percent; None for no
+            limit.
+
+    Raises:
+        ConfigError: If neither is given, or one is not a finite number from 0 up.
+
+    >>> str(Budget(relative=0.01))
+    'budget relative 0.01'
+    """
+
+    max_abs: float | None = None
+    relative: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if not given:
+            raise ConfigError("a budget needs max_abs, relative or both")
+        for name, value in given.items():
+            if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+                raise ConfigError(f"{name} of a budget must be a finite number from 0 up, got {value!r}")
+
+    def __str__(self) -> str:
+        limits = [f"{name} {value:g}" for name, value in vars(self).items() if value is not None]
+        return f"budget {', '.join(limits)}"
+
+
+Criterion = Tolerance | Budget
+"""What may be asked of an output."""
+
 TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(atol=1e-4, rtol=1e-4),
     "fp16": Tolerance(atol=1e-2, rtol=1e-2),
@@ -56,7 +95,9 @@ class Comparison:
         max_abs: Largest absolute error.
         mean_abs: Mean absolute error.
         max_rel: Largest error relative to the expected value, where that is not zero.
-        mismatched: Number of elements that do not agree.
+        relative: L2 norm of the error ÷ that of the expected output; 0 where both are, infinite where only the latter
+            is.
+        mismatched: Number of elements that do not agree; none of them decides about a relative budget.
         elements: Number of elements.
         tolerance: What was asked.
         reason: Why it failed, with the worst element and both values; empty if it passed.
@@ -72,19 +113,21 @@ class Comparison:
     max_abs: float
     mean_abs: float
     max_rel: float
+    relative: float
     mismatched: int
     elements: int
-    tolerance: Tolerance
+    tolerance: Criterion
     reason: str = ""
     histogram: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         verdict = "agrees" if self.passed else f"DIFFERS: {self.reason}"
-        return f"{self.name} [{self.case}] max abs {self.max_abs:.3g}, mean abs {self.mean_abs:.3g}: {verdict}"
+        figures = f"max abs {self.max_abs:.3g}, mean abs {self.mean_abs:.3g}, relative {self.relative:.3g}"
+        return f"{self.name} [{self.case}] {figures}: {verdict}"
 
 
 def compare(
-    expected: Array, actual: Array, tolerance: Tolerance, *, name: str = "output", case: str = ""
+    expected: Array, actual: Array, tolerance: Criterion, *, name: str = "output", case: str = ""
 ) -> Comparison:
     """Compare an output with what it should be.
 
@@ -94,7 +137,7 @@ def compare(
     Args:
         expected: The reference.
         actual: The array under test.
-        tolerance: See ``Tolerance``.
+        tolerance: See ``Tolerance`` and ``Budget``.
         name: The output's name.
         case: What was run.
 
@@ -106,7 +149,7 @@ def compare(
     """
 
     def result(passed: bool, reason: str, **figures: Any) -> Comparison:
-        zero = {"max_abs": 0.0, "mean_abs": 0.0, "max_rel": 0.0, "mismatched": 0}
+        zero = {"max_abs": 0.0, "mean_abs": 0.0, "max_rel": 0.0, "relative": 0.0, "mismatched": 0}
         return Comparison(
             name=name, case=case, shape=actual.shape, dtype=actual.dtype.name, passed=passed, reason=reason,
             elements=actual.size, tolerance=tolerance, **{**zero, **figures},
@@ -129,8 +172,7 @@ def compare(
     if exact:
         agree = expected == actual
     else:
-        allowed = tolerance.atol + tolerance.rtol * np.abs(np.where(finite, want, 0))
-        agree = np.where(finite, error <= allowed, same_special)
+        agree = np.where(finite, error <= _allowed(tolerance, np.where(finite, want, 0)), same_special)
     bad = int(agree.size - np.count_nonzero(agree))
     figures: dict[str, Any] = {"mismatched": bad}
     within = error[finite]
@@ -142,19 +184,41 @@ def compare(
             "max_abs": float(within.max()),
             "mean_abs": float(within.mean()),
             "max_rel": float(relative.max()) if relative.size else 0.0,
+            "relative": _relative(within, scale),
             "histogram": _histogram(within),
         }
-    reason = ""
-    if bad:
-        excess = np.where(agree, -1.0, error)
+    limit = tolerance.relative if isinstance(tolerance, Budget) and not exact else None
+    beyond = limit is not None and figures.get("relative", 0.0) > limit
+    reason = f"relative error {figures['relative']:.3g}, allowed {limit:g}" if beyond else ""
+    if bad or beyond:
+        excess = np.where(agree, -1.0, error) if bad else error
         worst = np.unravel_index(int(np.argmax(excess)), excess.shape)
         at = tuple(int(i) for i in worst)
         shown = [str(a[worst]) if exact else f"{a[worst].item():.7g}" for a in (expected, actual)]
-        reason = f"{bad} of {agree.size} elements, worst at {at}: expected {shown[0]}, got {shown[1]}"
+        counted = f"{bad} of {agree.size} elements" if bad else ""
+        reason = "; ".join(filter(None, (reason, counted))) + f", worst at {at}: expected {shown[0]}, got {shown[1]}"
         special = int(np.count_nonzero(~finite & ~same_special))
         if special:
             reason += f"; {special} with NaN or Inf on one side only"
-    return result(bad == 0, reason, **figures)
+    return result(not reason, reason, **figures)
+
+
+def _allowed(tolerance: Criterion, want: Array) -> Array | float:
+    if isinstance(tolerance, Budget):
+        return math.inf if tolerance.max_abs is None else tolerance.max_abs
+    allowed: Array = tolerance.atol + tolerance.rtol * np.abs(want)
+    return allowed
+
+
+def _relative(error: Array, size: Array) -> float:
+    """Return the quotient of two L2 norms, of which no square overflows or vanishes."""
+    largest, most = float(error.max()), float(size.max())
+    if largest == 0:
+        return 0.0
+    if most == 0 or not math.isfinite(largest):
+        return math.inf
+    quotient = np.linalg.norm(error / largest) / np.linalg.norm(size / most)
+    return float(quotient) * largest / most
 
 
 def _same(want: Array, got: Array) -> Array:

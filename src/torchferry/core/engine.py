@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from torchferry.core.errors import BackendError, FormatError, InputError, IntegrityError
+from torchferry.core.errors import BackendError, FormatError, InputError, IntegrityError, UnsupportedError
 from torchferry.core.files import require_file, write_text
 from torchferry.core.signature import Signature  # noqa: TC001 - pydantic reads the annotations
-from torchferry.core.target import Target  # noqa: TC001 - pydantic reads the annotations
+from torchferry.core.target import Target
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[Any]]
@@ -61,6 +61,7 @@ class Capabilities:
         general: False if it takes some graphs only, so that nothing is run on it unless somebody named it.
         devices: The names that ``Target.device`` may have besides the default, or how they begin.
         options: The names that ``Target.options`` may have.
+        fast: False if it is there to check others by, so that no search for the fastest tries it.
     """
 
     precisions: tuple[str, ...]
@@ -69,6 +70,23 @@ class Capabilities:
     general: bool = True
     devices: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    fast: bool = True
+
+
+def check_capable(target: Target, able: Capabilities) -> None:
+    """Check that an engine can do here what a target asks.
+
+    Raises:
+        UnsupportedError: If it does not compute in this precision, or not on this device.
+    """
+    if target.precision not in able.precisions:
+        raise UnsupportedError(
+            f"'{target.backend}' does not compute in {target.precision} here; it offers {', '.join(able.precisions)}",
+            hint=f"choose precision {' or '.join(able.precisions)}, or another backend",
+        )
+    if target.device != Target.device and not target.device.startswith(able.devices or ("\0",)):
+        known = " or ".join(f"'{name}'" for name in able.devices or (Target.device,))
+        raise UnsupportedError(f"'{target.backend}' runs on {known} here, not on '{target.device}'")
 
 
 @dataclass(frozen=True)
@@ -254,9 +272,13 @@ class Engine:
 
         Raises:
             MissingBackendError: If the engine is not installed here.
+            UnsupportedError: If it is, and does not do here what it was compiled for.
             BackendError: If it cannot load the files.
         """
-        return get_backend(self.target.backend).open(self, **options)
+        backend = get_backend(self.target.backend)
+        if (self.target.precision, self.target.device) != ("fp32", Target.device) and backend.availability().ok:
+            check_capable(self.target, backend.capabilities())  # what every engine does needs no asking
+        return backend.open(self, **options)
 
 
 @functools.cache

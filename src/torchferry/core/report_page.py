@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from torchferry.core.compare import Tolerance
 from torchferry.core.pages import page_environment
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class _Histogram:
         bars: Those that hold at least one element.
         x_ticks: Place and label of the decades' edges, and of the bar for zero.
         y_ticks: Place and label of the powers of ten of the count.
-        limit: Place of the absolute tolerance; None where it is not on the axis or differs between the cases.
+        limit: Place of the absolute tolerance or budget; None where it is not on the axis or differs between the cases.
         width: Of the drawing.
         right: Where the x axis ends.
         bottom: Where the x axis lies.
@@ -106,7 +107,9 @@ def _outputs(comparisons: tuple[Comparison, ...]) -> list[_Output]:
 
 
 def _limit(case: Comparison) -> float | None:
-    return None if _is_exact(case) or case.tolerance.atol <= 0 else case.tolerance.atol
+    asked = case.tolerance
+    absolute = asked.atol if isinstance(asked, Tolerance) else asked.max_abs
+    return absolute if absolute and not _is_exact(case) else None
 
 
 def _histogram(counts: list[int], limit: float | None) -> _Histogram:

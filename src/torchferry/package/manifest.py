@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from torchferry.core.compare import Tolerance
+from torchferry.core.compare import Criterion  # pydantic reads the annotations
 from torchferry.core.errors import ConfigError, FormatError, IntegrityError, MissingFileError, did_you_mean
 from torchferry.core.expressions import Expression
 from torchferry.core.files import inside
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from torchferry.core.compare import Comparison
     from torchferry.core.report import Report
 
 FORMAT: Final = 1
@@ -71,7 +72,8 @@ class Verification(BaseModel):
         passed: True if nothing failed.
         cases: Every case that was run, in order.
         max_abs: For every output the largest absolute error over all cases.
-        tolerances: For every output what was asked; the widest if the cases differ.
+        relative: For every output the largest L2 error ÷ the L2 norm of what was expected.
+        tolerances: For every output what was asked; if the cases differ, where the absolute error is largest.
     """
 
     model_config = _CONFIG
@@ -80,27 +82,34 @@ class Verification(BaseModel):
     passed: bool
     cases: tuple[str, ...] = ()
     max_abs: dict[str, float] = {}
-    tolerances: dict[str, Tolerance] = {}
+    relative: dict[str, float] = {}
+    tolerances: dict[str, Criterion] = {}
 
     @classmethod
     def of(cls, report: Report) -> Self:
         """Sum up a report."""
-        max_abs: dict[str, float] = {}
-        tolerances: dict[str, Tolerance] = {}
+        worst: dict[str, Comparison] = {}
+        relative: dict[str, float] = {}
         for item in report.comparisons:
-            max_abs[item.name] = max(item.max_abs, max_abs.get(item.name, 0.0))
-            asked = tolerances.get(item.name, item.tolerance)
-            tolerances[item.name] = Tolerance(
-                max(asked.atol, item.tolerance.atol), max(asked.rtol, item.tolerance.rtol)
-            )
-        cases = tuple(dict.fromkeys(item.case for item in report.comparisons))
-        return cls(title=report.title, passed=report.passed, cases=cases, max_abs=max_abs, tolerances=tolerances)
+            worst[item.name] = max(worst.get(item.name, item), item, key=lambda comparison: comparison.max_abs)
+            relative[item.name] = max(item.relative, relative.get(item.name, 0.0))
+        return cls(
+            title=report.title,
+            passed=report.passed,
+            cases=tuple(dict.fromkeys(item.case for item in report.comparisons)),
+            max_abs={name: item.max_abs for name, item in worst.items()},
+            relative=relative,
+            tolerances={name: item.tolerance for name, item in worst.items()},
+        )
 
     def __str__(self) -> str:
         if self.passed and not self.cases:
             return "none, for nothing was run"
         text = f"{'passed' if self.passed else 'FAILED'}, {len(self.cases)} case{'s' * (len(self.cases) != 1)}"
-        errors = [f"{name} max abs {value:.3g} ({self.tolerances[name]})" for name, value in self.max_abs.items()]
+        errors = [
+            f"{name} max abs {value:.3g}, relative {self.relative[name]:.3g} ({self.tolerances[name]})"
+            for name, value in self.max_abs.items()
+        ]
         return "; ".join([text, *errors])
 
 
@@ -140,8 +149,9 @@ class Manifest(BaseModel):
         ids = [engine.id for engine in self.engines]
         if len(set(ids)) != len(ids):
             raise ValueError(f"two engines have one id: {', '.join(ids)}")
-        if self.verified and self.verified.max_abs.keys() != self.verified.tolerances.keys():
-            raise ValueError("verified: max_abs and tolerances must name the same outputs")
+        proof = self.verified
+        if proof and not proof.max_abs.keys() == proof.relative.keys() == proof.tolerances.keys():
+            raise ValueError("verified: max_abs, relative and tolerances must name the same outputs")
         _check_signature(self.signature)
         check_pictures(self.signature, self.preprocess, self.postprocess)
         return self

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from torchferry.core.engine import Engine, get_backend, platform_versions
-from torchferry.core.errors import ConfigError, IntegrityError, MissingBackendError, did_you_mean
+from torchferry.core.errors import ConfigError, IntegrityError, MissingBackendError, UnsupportedError, did_you_mean
 from torchferry.core.files import inside, new_folder, require_file, sha256, write_text
 from torchferry.package.manifest import (
     MANIFEST_FILE,
@@ -71,7 +71,8 @@ class Package:
         """Load an engine.
 
         Args:
-            engine: Its id, or the name of its backend; None for the first that is available on this machine.
+            engine: Its id, or the name of its backend; None for the first that this machine can run: its engine is
+                installed, and computes here in its precision and on its device.
             **options: The backend's own, such as ``threads=2``.
 
         Returns:
@@ -95,11 +96,14 @@ class Package:
         for name, candidate in entries.items():
             reason = _why_not(candidate)
             if not reason:
-                return candidate.open(**options)
+                try:
+                    return candidate.open(**options)
+                except UnsupportedError as exc:  # installed, and not able to do it on this machine
+                    reason = exc.message
             refused.append(f"  {name}: {reason}")
         raise MissingBackendError(
             f"no engine of package '{self.folder}' can be used here:\n" + "\n".join(refused),
-            hint="install one of these engines",
+            hint="install one of these engines, or deploy for one that runs here",
         )
 
     def run_picture(

@@ -98,8 +98,8 @@ def bench(
         if model is not None:
             first = contenders[0].inputs
             contenders += [replace(spec, inputs=first) for spec in _torch(model, torch_modes, Path(folder))]
-        rows = measure(contenders, plan, watcher)
-    shown = {_shown(contender.inputs): None for contender in contenders}
+        rows = measure(contenders, plan, steps)
+    shown = {shown_inputs(contender.inputs): None for contender in contenders}
     return BenchReport(rows, tuple(shown), plan.threads, busy)
 
 
@@ -223,18 +223,17 @@ def _name(subject: Any) -> str:
     return Path(subject).stem if isinstance(subject, str | os.PathLike) else type(subject).__name__
 
 
-def _shown(inputs: Mapping[str, Array]) -> str:
+def shown_inputs(inputs: Mapping[str, Array]) -> str:
+    """Return names, dtypes and shapes of inputs for a report."""
     return ", ".join(f"{name}: {array.dtype}{list(array.shape)}" for name, array in inputs.items())
 
 
 def every_target() -> tuple[Target, ...]:
     """Return a target for every engine and precision that runs any graph here."""
     found = []
-    for name in backends.names():
-        available = backends.get(name).availability()
-        if available.ok and available.can_run:
-            capabilities = backends.get(name).capabilities()
-            found += [Target(name, p) for p in capabilities.precisions if capabilities.general]  # type: ignore[arg-type]
+    for name in backends.running():
+        capabilities = backends.get(name).capabilities()
+        found += [Target(name, p) for p in capabilities.precisions if capabilities.general]  # type: ignore[arg-type]
     return tuple(found)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from torchferry.core.engine import LayerTime
-from torchferry.pipeline.bench_report import BenchRow, Measured
+from torchferry.pipeline.bench_report import BenchRow, Measured, ratios
 from torchferry.pipeline.steps import Steps
 
 if TYPE_CHECKING:
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from typing import Self
 
     from torchferry.core.engine import Array
-    from torchferry.pipeline.steps import Watcher
 
 _T = TypeVar("_T")
 WORKER = ("-m", "torchferry.pipeline.bench_worker")
 _ROUND_SECONDS = 0.1  # long against the clock's noise, short against what else happens on a machine
+_LONGEST_ROUND = 0.5  # where a machine that is busy makes runs take far longer than they did at the warm-up
 _MOST_RUNS = 1000
+_LEAST_ROUNDS = 5  # before anything is left out of a race
+_HOPELESS = 1.5  # times as long as the fastest in three quarters of the rounds
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Plan:
         runs: Runs a round; None for about a tenth of a second.
         warm_up: Runs before the first round.
         profile: Measure the layers as well, where an engine tells them.
+        race: Only the fastest is looked for: those that are hopelessly slower are soon left out of the rounds, which
+            end when one is left.
     """
 
     threads: int
@@ -72,6 +76,7 @@ class Plan:
     runs: int | None = None
     warm_up: int = 5
     profile: bool = False
+    race: bool = False
 
 
 class _FailedError(Exception):
@@ -88,6 +93,7 @@ class _Worker:
         self.cpu: list[float] = []
         self.opened: dict[str, Any] = {}
         self.runs = 1
+        self.longest: float | None = None
         self._threads = threads
         self._scratch = scratch
         self._errors = scratch / "stderr.txt"
@@ -160,10 +166,11 @@ class _Worker:
         taken = self.ask(run=max(1, plan.warm_up))["seconds"]
         fitting = int(_ROUND_SECONDS / max(statistics.median(taken), 1e-9))
         self.runs = plan.runs or min(_MOST_RUNS, max(1, fitting))
+        self.longest = None if plan.runs else _LONGEST_ROUND
 
     def play(self) -> None:
         """Run one round."""
-        answer = self.ask(run=self.runs)
+        answer = self.ask(run=self.runs, within=self.longest)
         self.rounds.append(tuple(answer["seconds"]))
         self.cpu.append(answer["cpu_seconds"])
 
@@ -181,13 +188,13 @@ class _Worker:
         )
 
 
-def measure(contenders: Sequence[Contender], plan: Plan, watcher: Watcher | None = None) -> tuple[BenchRow, ...]:
+def measure(contenders: Sequence[Contender], plan: Plan, steps: Steps | None = None) -> tuple[BenchRow, ...]:
     """Measure contenders side by side, and return a row for each.
 
     All are opened first, one after the other. Then every round asks each for some runs, beginning with another one each
     time, so that all of them meet the same disturbances. One that fails takes no further part.
     """
-    steps = Steps(watcher)
+    steps = steps or Steps()
     failed = {place: contender.failed for place, contender in enumerate(contenders) if contender.failed}
     with (
         tempfile.TemporaryDirectory(prefix="torchferry-", ignore_cleanup_errors=True) as folder,
@@ -213,10 +220,15 @@ def measure(contenders: Sequence[Contender], plan: Plan, watcher: Watcher | None
                 workers[place] = stack.enter_context(_Worker(contender, plan.threads, scratch))
                 each([place], lambda worker: worker.start(plan))
         with steps.step("measure"):
+            beaten: set[int] = set()
             for turn in range(plan.rounds):
-                alive = [place for place in workers if place not in failed]
+                alive = [place for place in workers if place not in failed and place not in beaten]
                 shift = turn % max(1, len(alive))
                 each(alive[shift:] + alive[:shift], _Worker.play)
+                if plan.race and turn + 1 >= _LEAST_ROUNDS:
+                    beaten |= _beaten({place: workers[place].rounds for place in alive if place not in failed})
+                    if len(workers.keys() - failed.keys() - beaten) < 2:
+                        break
             alive = [place for place in workers if place not in failed]
             measured = each(alive, lambda worker: worker.finish(plan))
         outputs = {place: workers[place].outputs for place in measured}
@@ -230,6 +242,12 @@ def measure(contenders: Sequence[Contender], plan: Plan, watcher: Watcher | None
             )
             for place, contender in enumerate(contenders)
         )
+
+
+def _beaten(rounds: Mapping[int, Sequence[Sequence[float]]]) -> set[int]:
+    """Return those that are hopelessly slower than the fastest."""
+    best = min(rounds.values(), key=lambda taken: statistics.median(map(statistics.median, taken)), default=())
+    return {place for place, own in rounds.items() if ratios(own, best).first > _HOPELESS}
 
 
 def _compared(measured: Measured, outputs: Mapping[int, Path], place: int) -> Measured:

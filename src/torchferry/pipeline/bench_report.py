@@ -12,7 +12,7 @@ from torchferry.core.files import write_text
 from torchferry.core.report import plain
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torchferry.core.engine import LayerTime
 
@@ -34,6 +34,11 @@ class Quartiles:
         if len(values) == 1:
             return Quartiles(values[0], values[0], values[0])
         return Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def ratios(own: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> Quartiles:
+    """Return one contender's times ÷ another's, round by round, over the rounds that both had."""
+    return Quartiles.of([statistics.median(a) / statistics.median(b) for a, b in zip(own, other, strict=False)])
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,14 @@ class BenchReport:
         """The contender that the others are compared with: the first that did not fail."""
         return next((row for row in self.rows if row.measured is not None), None)
 
+    @property
+    def fastest(self) -> BenchRow | None:
+        """The fastest of those that were in all rounds; None if all failed."""
+        measured = [row for row in self.rows if row.measured is not None]
+        most = max((len(row.measured.rounds) for row in measured if row.measured), default=0)
+        whole = [row for row in measured if row.measured and len(row.measured.rounds) == most]
+        return min(whole, key=lambda row: row.measured.latency.median if row.measured else 0, default=None)
+
     def ratio(self, row: BenchRow, to: BenchRow | None = None) -> Quartiles | None:
         """Return a contender's latency ÷ another's, the baseline's by default, round by round; None if one failed.
 
@@ -123,8 +136,7 @@ class BenchReport:
         other = to or self.baseline
         if other is None or other.measured is None or row.measured is None:
             return None
-        pairs = zip(row.measured.rounds, other.measured.rounds, strict=True)
-        return Quartiles.of([statistics.median(own) / statistics.median(taken) for own, taken in pairs])
+        return ratios(row.measured.rounds, other.measured.rounds)
 
     def to_text(self) -> str:
         """Render for a terminal or a log."""

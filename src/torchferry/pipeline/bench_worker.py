@@ -6,12 +6,13 @@ standard error:
 ==================================================  ==========================================================
 ``{"open": contender, "inputs": "in.npz",           ``{"open_seconds": …, "first_seconds": …, "version": …}``
 ``"outputs": "out.npz", "threads": 2}``
-``{"run": 10}``                                     ``{"seconds": […], "cpu_seconds": …}``
+``{"run": 10, "within": 0.5}``                      ``{"seconds": […], "cpu_seconds": …}``
 ``{"peak": true}``                                  ``{"mib": …}``
 ``{"profile": 10}``                                 ``{"layers": [[name, kind, seconds], …]}``
 whatever fails                                      ``{"error": "what"}``
 ==================================================  ==========================================================
 
+``within`` may be left out; else no run begins later than these seconds after the first.
 It ends with its standard input, so that no worker outlives the process that started it.
 """
 
@@ -196,7 +197,7 @@ class Server:
             return self._open(request)
         assert self._opened is not None
         if "run" in request:
-            return self._run(self._opened, request["run"])
+            return self._run(self._opened, request["run"], request.get("within"))
         if "profile" in request:
             return {"layers": [astuple(layer) for layer in self._opened.profile(request["profile"])]}
         return {"mib": peak_mib()}
@@ -216,16 +217,18 @@ class Server:
         np.savez(Path(request["outputs"]), **arrays)  # type: ignore[arg-type]
         return {"open_seconds": ready - started, "first_seconds": done - ready, "version": opened.version}
 
-    def _run(self, opened: Opened, count: int) -> dict[str, Any]:
+    def _run(self, opened: Opened, count: int, within: float | None) -> dict[str, Any]:
         """Time some runs, after one that brings the contender's data back into the caches."""
         opened.run()
-        seconds = []
-        cpu = time.process_time()
+        seconds: list[float] = []
+        cpu, begun = time.process_time(), time.perf_counter()
         for _ in range(count):
             start = time.perf_counter()
+            if seconds and within is not None and start - begun > within:
+                break
             opened.run()
             seconds.append(time.perf_counter() - start)
-        return {"seconds": seconds, "cpu_seconds": (time.process_time() - cpu) / count}
+        return {"seconds": seconds, "cpu_seconds": (time.process_time() - cpu) / len(seconds)}
 
 
 if __name__ == "__main__":

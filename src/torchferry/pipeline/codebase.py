@@ -20,10 +20,10 @@ from torchferry.core.target import Precision, Target
 from torchferry.partitioning import find_policy, plan_partition, split
 from torchferry.pipeline.chain import Chain, compile_parts
 from torchferry.pipeline.config import PartitionSection, read_toml
-from torchferry.pipeline.deploy import verify_at
 from torchferry.pipeline.export import export
 from torchferry.pipeline.parts import export_parts
 from torchferry.pipeline.steps import Steps
+from torchferry.pipeline.walk import verify_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

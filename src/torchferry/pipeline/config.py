@@ -52,6 +52,10 @@ class TargetSection(_Section):
     opset: int | None = None
     options: dict[str, int] = {}
 
+    def target(self) -> Target:
+        """Return the target; what was not said is left to it."""
+        return Target(**self.model_dump(exclude_unset=True))
+
 
 class ExportSection(_Section):
     """Names and dynamic dimensions of the graph.
@@ -79,6 +83,19 @@ class VerifySection(_Section):
     atol: float | None = Field(default=None, ge=0)
     rtol: float | None = Field(default=None, ge=0)
     sizes: dict[str, tuple[int, ...]] | None = None
+
+
+class BudgetSection(_Section):
+    """The error that every output may have, in place of tolerances; see ``core.compare.Budget``."""
+
+    max_abs: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    relative: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> Self:
+        if self.max_abs is None and self.relative is None:
+            raise ValueError("needs max_abs, relative or both")
+        return self
 
 
 class PartSection(_Section):
@@ -152,6 +169,7 @@ class DeployConfig(_Section):
         backend_config: One engine and its sizes, in MMDeploy's words and in place of ``targets``.
         export: Names and dynamic dimensions.
         verify: Tolerances and sizes.
+        budget: The error that every output may have; the precision's tolerances by default.
         fp16: How graphs for FP16 are repaired.
         preprocess: How a picture becomes each input.
         postprocess: How each output becomes a picture.
@@ -166,6 +184,7 @@ class DeployConfig(_Section):
     backend_config: BackendConfig | None = None
     export: ExportSection = ExportSection()
     verify: VerifySection = VerifySection()
+    budget: BudgetSection | None = None
     fp16: Fp16Section = Fp16Section()
     preprocess: Mapping[str, Preprocess] = {}
     postprocess: Mapping[str, Postprocess] = {}
@@ -186,7 +205,7 @@ class DeployConfig(_Section):
             MissingBackendError: If ``backend_config`` names an engine that nobody knows.
         """
         if self.backend_config is None:
-            return [Target(**target.model_dump()) for target in self.targets]
+            return [target.target() for target in self.targets]
         return [self.backend_config.target(backends.options(self.backend_config.type))]
 
     def findings(self) -> tuple[Finding, ...]:
@@ -272,9 +291,16 @@ def validate(values: Mapping[str, Any], origin: str) -> DeployConfig:
         origin: Where it came from, for the message.
 
     Raises:
-        ConfigError: If a key is unknown (the nearest valid one is named), missing, or has a wrong value.
+        ConfigError: If a key is unknown (the nearest valid one is named), missing, or has a wrong value; also for a
+            budget beside tolerances.
     """
-    return read_section(DeployConfig, values, origin, also=("base",))
+    config = read_section(DeployConfig, values, origin, also=("base",))
+    if config.budget is not None and (config.verify.atol, config.verify.rtol) != (None, None):
+        raise ConfigError(
+            f"{origin}: 'budget' and 'verify.atol' or 'verify.rtol' both say which error is allowed",
+            hint="keep the budget or the tolerances",
+        )
+    return config
 
 
 def toml_value(text: str) -> Any:

@@ -2,43 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import tempfile
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchferry import backends
-from torchferry.core.compare import TOLERANCES, Tolerance
+from torchferry.core.compare import TOLERANCES, Budget, Criterion, Tolerance
 from torchferry.core.errors import ConfigError, OutputError, TorchferryError, VerificationError
 from torchferry.core.files import check_free, output_errors
-from torchferry.core.report import Finding, Report
-from torchferry.core.target import Target
+from torchferry.core.target import AUTO, DEFAULT_BACKEND, Target
 from torchferry.package import MANIFEST_FILE, Package, Postprocess, Preprocess, pack
+from torchferry.pipeline.auto import Choice, check_choice, choose
 from torchferry.pipeline.config import HEADROOM_BITS
-from torchferry.pipeline.half import Half, halved
 from torchferry.pipeline.steps import Steps
+from torchferry.pipeline.walk import Walk, join_reports
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from os import PathLike
 
-    from torchferry.core.engine import Engine
+    from torchferry.core.report import Finding, Report
     from torchferry.exporter import Source
     from torchferry.graph import Exported
     from torchferry.package.pictures import Channels
+    from torchferry.pipeline.auto import Tried
     from torchferry.pipeline.config import DeployConfig
     from torchferry.pipeline.loading import Loaded
 
 
+@dataclass(frozen=True)
+class Deployed:
+    """What came of a deployment.
+
+    Attributes:
+        package: The package, loaded.
+        report: The report that lies in it.
+        tried: What was tried, where the target was ``auto``.
+    """
+
+    package: Package
+    report: Report
+    tried: tuple[Tried, ...] = ()
+
+
 def deploy(
     source: Source,
-    targets: Sequence[Target] = (Target(),),
+    targets: str | Target | Sequence[Target] = DEFAULT_BACKEND,
     out: str | PathLike[str] = "out",
     *,
     data: Any = None,
     tolerance: Tolerance | None = None,
+    budget: Budget | None = None,
     sizes: Mapping[str, Sequence[int]] | None = None,
     preprocess: Mapping[str, Preprocess] | None = None,
     postprocess: Mapping[str, Postprocess] | None = None,
@@ -52,10 +68,13 @@ def deploy(
 
     Args:
         source: The module with its example, names and dynamic dimensions.
-        targets: One or more engines; the first that a machine has is the one that the package opens there.
+        targets: One or more engines, or the name of one; the first that a machine has is the one that the package opens
+            there. ``"auto"`` tries every engine and precision that runs here and packs the fastest that is within
+            ``budget``, or within what fp32 is held to.
         out: The package's folder; it is whole or absent at the end.
         data: Inputs to verify on, one tuple or dict of tensors or an iterable of them; the source's example if None.
         tolerance: What is asked of every engine; its precision's own by default.
+        budget: The error that every output may have, in place of a tolerance.
         sizes: Sizes of dynamic dimensions to verify at; chosen from their ranges by default.
         preprocess: How a picture becomes each input.
         postprocess: How each output becomes a picture; where inputs are pictures and this is not said, outputs shaped
@@ -70,110 +89,94 @@ def deploy(
         The package, loaded.
 
     Raises:
+        ConfigError: If both a tolerance and a budget are given, or the targets do not go together.
         VerificationError: If an engine does not give what PyTorch gives. Nothing is packed; the report lies beside the
             folder, as ``OUT.report.html``.
         TorchferryError: As ``export``, ``compile``, ``verify`` and ``pack``.
     """
-    return _walk(
-        source,
-        targets,
+    if tolerance is not None and budget is not None:
+        raise ConfigError("a tolerance and a budget both say which error is allowed", hint="give one of them")
+    if isinstance(targets, str):
+        targets = Target(targets)
+    walk = Walk(source, data, lambda _: tolerance or budget, sizes, cfg, headroom_bits, steps or Steps())
+    return _deploy(
+        walk,
+        [targets] if isinstance(targets, Target) else targets,
         Path(out),
-        data=data,
-        tolerance=lambda _: tolerance,
-        sizes=sizes,
         preprocess=preprocess,
         postprocess=postprocess,
-        name=name,
+        name=name or type(source.model).__name__,
         overwrite=overwrite,
-        steps=steps or Steps(),
-        cfg=cfg,
-        headroom_bits=headroom_bits,
-    )[0]
+    ).package
 
 
-def _walk(
-    source: Source,
+def _deploy(
+    walk: Walk,
     targets: Sequence[Target],
     out: Path,
     *,
-    data: Any,
-    tolerance: Callable[[Target], Tolerance | None],
-    sizes: Mapping[str, Sequence[int]] | None,
     preprocess: Mapping[str, Preprocess] | None,
     postprocess: Mapping[str, Postprocess] | None,
-    name: str | None,
+    name: str,
     overwrite: bool,
-    steps: Steps,
-    cfg: Any,
-    headroom_bits: int,
     findings: Sequence[Finding] = (),
-) -> tuple[Package, Report]:
-    from torchferry.pipeline.export import export, reference, rewriter_context
-
+) -> Deployed:
     check_free(out, overwrite=overwrite, marker=MANIFEST_FILE)
     check_targets(targets)
-    exports: dict[str, Exported] = {}
-    for target in targets:  # rewriters go by the engine, so every engine has a graph of its own
-        if target.backend in exports:
-            continue
-        with steps.step("export" if not exports else f"export for {target.backend}") as step:
-            exports[target.backend] = exported = export(source, target=target, cfg=cfg)
-            step.detail = str(exported)
-        if not exported.report.passed:
-            raise _refusal(exported.report, out)
-    exported = exports[targets[0].backend]
-    halves: dict[str, Half] = {}
-
     with tempfile.TemporaryDirectory(prefix="torchferry-") as scratch:
-        engines: list[Engine] = []
-        reports: list[Report] = []
-        for target in targets:
-            graph = exports[target.backend]
-            if target.precision == "fp16":
-                halves[str(target)] = half = halved(graph, source, data, headroom_bits, steps)
-                graph = half.exported
-            with steps.step(f"compile for {target}") as step:
-                engine = backends.compile(graph, target, Path(scratch) / str(target))
-                size = sum((engine.folder / file).stat().st_size for file in engine.files)
-                step.detail = f"{size / 2**20:.2f} MiB"
-            engines.append(engine)
-            context = functools.partial(rewriter_context, source, target, cfg)
-            with reference(exports[target.backend], source, context) as against:
-                reports.append(verify_at(steps, engine, against, data, tolerance(target), sizes))
-        report = _whole_report(exported, reports, steps).with_findings(findings)
-        adapted = {str(engine.target): ", ".join(engine.adaptations) for engine in engines if engine.adaptations}
-        report = report.with_facts("adaptations", adapted) if adapted else report
-        for halved_for, half in halves.items():
-            report = half.added_to(report, halved_for)
+        if targets[0].backend == AUTO:
+            choice = choose(walk, targets[0], Path(scratch))
+        else:
+            choice = _all_of(walk, targets, Path(scratch), out)
+        if not choice.arrivals:
+            raise _refusal(choice.report, out)
+        report = _whole_report(choice, walk.steps).with_findings(findings)
         if not report.passed:
             raise _refusal(report, out)
-        with steps.step("pack") as step:
+        exported = choice.arrivals[0].exported
+        certificates = {str(arrival.target): arrival.prepared.certificate for arrival in choice.arrivals}
+        with walk.steps.step("pack") as step:
             package = pack(
-                engines,
+                [arrival.engine for arrival in choice.arrivals],
                 out,
                 report=report,
                 exported=exported,
                 preprocess=preprocess,
                 postprocess=_picture_outputs(exported) if preprocess and postprocess is None else postprocess,
-                name=name or type(source.model).__name__,
+                name=name,
                 rewrites=exported.rewrites,
                 versions=_versions(),
-                certificates={halved_for: half.certificate.to_json() for halved_for, half in halves.items()},
+                certificates={target: text for target, text in certificates.items() if text is not None},
                 overwrite=overwrite,
             )
             step.detail = str(out)
-    return package, report
+    return Deployed(package, report, choice.tried)
+
+
+def _all_of(walk: Walk, targets: Sequence[Target], scratch: Path, out: Path) -> Choice:
+    """Go to every target, all that can be exported first."""
+    for target in targets:
+        exported = walk.export(target)
+        if not exported.report.passed:
+            raise _refusal(exported.report, out)
+    arrivals = tuple(walk.reach(target, scratch) for target in targets)
+    return Choice(arrivals, join_reports([arrival.report for arrival in arrivals]))
 
 
 def check_targets(targets: Sequence[Target]) -> None:
     """Check, before any work, that a package can be made for these targets.
 
     Raises:
-        ConfigError: If there are none, two are alike, or they ask for different opsets.
+        ConfigError: If there are none, two are alike, they ask for different opsets, or ``auto`` is one of several.
         BackendError: As ``backends.check_target``.
     """
     if not targets:
         raise ConfigError("there is no target to deploy to")
+    if any(target.backend == AUTO for target in targets):
+        if len(targets) > 1:
+            raise ConfigError(f"'{AUTO}' chooses among all engines, so it must be the only target, got {len(targets)}")
+        check_choice(targets[0])
+        return
     for target in targets:
         backends.check_target(target)
     names = [str(target) for target in targets]
@@ -183,53 +186,17 @@ def check_targets(targets: Sequence[Target]) -> None:
         raise ConfigError("all targets are compiled from one graph, so they must ask for the same opset")
 
 
-def verify_at(
-    steps: Steps,
-    engine: Engine,
-    source: Source,
-    data: Any,
-    tolerance: Tolerance | None,
-    sizes: Mapping[str, Sequence[int]] | None,
-) -> Report:
-    """Verify as one step, at every combination of the sizes given, or at sizes chosen from the ranges.
-
-    An engine that only compiles here gives a report with nothing compared and the warning ``engine-not-run``.
-    """
-    from torchferry.verification import verify
-
-    available = backends.get(engine.target.backend).availability()
-    if available.ok and not available.can_run:
-        return _not_run(engine, source, available.reason)
-    chosen = None if sizes is None else [dict(zip(sizes, values, strict=True)) for values in product(*sizes.values())]
-    with steps.step(f"verify {engine.target}") as step:
-        report = verify(engine, source, data, tolerance=tolerance, sizes=chosen)
-        worst = max((c.max_abs for c in report.comparisons), default=0.0)
-        cases = len({c.case for c in report.comparisons})
-        step.detail = f"{cases} cases, max abs difference {worst:.3g}"
-    return report
-
-
-def _not_run(engine: Engine, source: Source, reason: str) -> Report:
-    finding = Finding(
-        "engine-not-run",
-        "warning",
-        f"{engine.target} was compiled and not run: {reason}",
-        where=str(engine.target),
-        hint="run `torchferry verify` on the package where the engine runs",
-    )
-    return Report(f"verification of {type(source.model).__name__} on {engine.target}", (finding,))
-
-
-def join_reports(reports: Sequence[Report]) -> Report:
-    """Join the verifications of several engines into one; every comparison and finding says which it is about."""
-    return functools.reduce(Report.joined, reports if len(reports) == 1 else [_labelled(report) for report in reports])
-
-
-def _whole_report(exported: Exported, reports: list[Report], steps: Steps) -> Report:
+def _whole_report(choice: Choice, steps: Steps) -> Report:
     """Join what export and every verification found into the page that the package carries."""
-    joined = join_reports(reports).joined(exported.report)
-    timed = {step.name: str(step) for step in steps.done}
-    return joined.with_facts("graph", {"graph": str(exported), **exported.statistics()}).with_facts("steps", timed)
+    exported = choice.arrivals[0].exported
+    report = choice.report.joined(exported.report)
+    report = report.with_facts("graph", {"graph": str(exported), **exported.statistics()})
+    report = report.with_facts("steps", {step.name: str(step) for step in steps.done})
+    adapted = {str(a.target): ", ".join(a.engine.adaptations) for a in choice.arrivals if a.engine.adaptations}
+    report = report.with_facts("adaptations", adapted) if adapted else report
+    for arrival in choice.arrivals:
+        report = arrival.prepared.added_to(report, str(arrival.target))
+    return report
 
 
 def _picture_outputs(exported: Exported) -> dict[str, Postprocess]:
@@ -240,15 +207,6 @@ def _picture_outputs(exported: Exported) -> dict[str, Postprocess]:
         for spec in exported.signature.outputs
         if spec.shape is not None and len(spec.shape) == 4 and spec.shape[1] in modes and spec.dtype == "float32"
     }
-
-
-def _labelled(report: Report) -> Report:
-    target = report.title.rpartition(" on ")[2]
-    return dataclasses.replace(
-        report,
-        comparisons=tuple(dataclasses.replace(c, name=f"{c.name} on {target}") for c in report.comparisons),
-        findings=tuple(dataclasses.replace(f, where=f"{f.where}, on {target}") for f in report.findings),
-    )
 
 
 def _refusal(report: Report, out: Path) -> TorchferryError:
@@ -301,10 +259,8 @@ def load_model_and_data(config: DeployConfig, steps: Steps) -> Loaded:
     return loaded
 
 
-def deploy_config(
-    config: DeployConfig, *, overwrite: bool = False, steps: Steps | None = None
-) -> tuple[Package, Report]:
-    """Deploy what a config describes; return the package and the report that lies in it.
+def deploy_config(config: DeployConfig, *, overwrite: bool = False, steps: Steps | None = None) -> Deployed:
+    """Deploy what a config describes.
 
     Args:
         config: The config.
@@ -319,26 +275,31 @@ def deploy_config(
     check_free(config.out, overwrite=overwrite, marker=MANIFEST_FILE)
     check_targets(targets)
     loaded = load_model_and_data(config, steps)
-    return _walk(
+    walk = Walk(
         loaded.source,
+        loaded.calls,
+        functools.partial(tolerance_of, config),
+        config.verify.sizes,
+        config,
+        config.fp16.headroom_bits,
+        steps,
+    )
+    return _deploy(
+        walk,
         targets,
         config.out,
-        data=loaded.calls,
-        tolerance=functools.partial(tolerance_of, config),
-        sizes=config.verify.sizes,
         preprocess=loaded.preprocess,
         postprocess=config.postprocess or None,
         name=config.name or config.model.factory.rpartition(":")[2],
         overwrite=overwrite,
-        steps=steps,
-        cfg=config,
-        headroom_bits=config.fp16.headroom_bits,
         findings=config.findings(),
     )
 
 
-def tolerance_of(config: DeployConfig, target: Target) -> Tolerance | None:
-    """Return the tolerance that a config asks for; None where it leaves that to the precision."""
+def tolerance_of(config: DeployConfig, target: Target) -> Criterion | None:
+    """Return what a config asks of a target's outputs; None where it leaves that to the precision."""
+    if config.budget is not None:
+        return Budget(**config.budget.model_dump())
     if config.verify.atol is None and config.verify.rtol is None:
         return None
     default = TOLERANCES[target.precision]

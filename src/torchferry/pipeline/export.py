@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torchferry.core.compare import TOLERANCES
 from torchferry.core.errors import ConfigError
 from torchferry.core.report import Finding
-from torchferry.core.target import Target
+from torchferry.core.target import Target, check_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,7 +68,8 @@ def export(
         ModelError: If the model fails on its own example in PyTorch.
         ExportError: If it cannot be exported; names the line of the model.
         FrozenDimensionError: If a dimension declared dynamic became constant; names the line that fixed it.
-        ConfigError: If names or dimensions do not fit the example, or two rewriters fit equally well.
+        ConfigError: If names or dimensions do not fit the example, two rewriters fit equally well, or the target names
+            no engine.
     """
     from torchferry.exporter import Source, capture
     from torchferry.verification import settle
@@ -87,6 +88,7 @@ def export(
             tuple(output_names),
         )
     target = target or Target()
+    check_named(target.backend)
     registries = {
         "function_rewriter": function_rewriter,
         "module_rewriter": module_rewriter,

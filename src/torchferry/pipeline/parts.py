@@ -22,7 +22,7 @@ from torchferry.pipeline.config import PartSection
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torchferry.core.compare import Tolerance
+    from torchferry.core.compare import Criterion
     from torchferry.core.report import Report
     from torchferry.core.target import Target
     from torchferry.exporter import Source
@@ -41,7 +41,7 @@ def export_parts(
     steps: Steps,
     *,
     source: Source | None = None,
-    tolerance: Tolerance | None = None,
+    tolerance: Criterion | None = None,
     codebase: str | None = None,
     cfg: Any = None,
 ) -> Report:
@@ -89,7 +89,7 @@ def verify_plan(
     steps: Steps,
     *,
     source: Source | None = None,
-    tolerance: Tolerance | None = None,
+    tolerance: Criterion | None = None,
     cfg: Any = None,
 ) -> Report:
     """Compile every part for one target, somewhere that vanishes again, and verify it there.

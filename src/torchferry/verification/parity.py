@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchferry.core.compare import TOLERANCES, Comparison, Tolerance, compare
+from torchferry.core.compare import TOLERANCES, Comparison, Criterion, compare
 from torchferry.core.engine import platform_versions
 from torchferry.core.errors import TorchferryError
 from torchferry.core.report import Finding, Report
@@ -29,7 +29,7 @@ def verify(
     model: torch.nn.Module | Source,
     inputs: Any = None,
     *,
-    tolerance: Tolerance | None = None,
+    tolerance: Criterion | None = None,
     sizes: Iterable[dict[str, int]] | None = None,
 ) -> Report:
     """Run the module and the engine on the same inputs and compare every output.
@@ -38,7 +38,8 @@ def verify(
         engine: What ``compile`` gave.
         model: The module that was exported, or its ``Source``.
         inputs: One tuple or dict of tensors, or an iterable of them; may be left out for a ``Source``.
-        tolerance: What is asked; by default ``core.compare.TOLERANCES`` of the target's precision.
+        tolerance: What is asked, a ``Tolerance`` or a ``Budget``; by default ``core.compare.TOLERANCES`` of the
+            target's precision.
         sizes: Sizes of the dynamic dimensions to run besides the data's own; chosen from the ranges if None.
 
     Returns:
@@ -106,7 +107,7 @@ def _is_empty(feeds: dict[str, Array]) -> bool:
 class _Runner:
     """Runs cases and collects what they show."""
 
-    def __init__(self, source: Source, engine: Engine, tolerance: Tolerance) -> None:
+    def __init__(self, source: Source, engine: Engine, tolerance: Criterion) -> None:
         self.source = source
         self.engine = engine
         self.tolerance = tolerance

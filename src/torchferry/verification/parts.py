@@ -13,7 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torchferry import backends
-from torchferry.core.compare import TOLERANCES, Comparison, Tolerance, compare
+from torchferry.core.compare import TOLERANCES, Comparison, Criterion, Tolerance, compare
 from torchferry.core.engine import platform_versions
 from torchferry.core.errors import BackendError, InputError, TorchferryError
 from torchferry.core.files import new_files, new_folder
@@ -51,7 +51,7 @@ def verify_parts(
     inputs: Any = None,
     *,
     source: torch.nn.Module | Source | None = None,
-    tolerance: Tolerance | None = None,
+    tolerance: Criterion | None = None,
 ) -> Report:
     """Run every part of a cut on its own engine and compare it with what the whole gives there.
 
@@ -177,7 +177,7 @@ class _Case:
 class _Checks:
     """Compares, and collects what that shows, and in ``left_out`` why something was not compared."""
 
-    def __init__(self, plan: PartitionPlan, tolerances: Mapping[str, Tolerance], of_graph: Tolerance) -> None:
+    def __init__(self, plan: PartitionPlan, tolerances: Mapping[str, Criterion], of_graph: Criterion) -> None:
         self._plan = plan
         self._tolerances = tolerances
         self._of_graph = of_graph

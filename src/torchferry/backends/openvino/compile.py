@@ -12,7 +12,7 @@ from torchferry.backends.openvino.kernels import KernelOperators, kernel_nodes, 
 from torchferry.backends.openvino.library import core, limits, openvino, translated
 from torchferry.backends.openvino.session import PRECISIONS, OpenVinoSession, properties, read_onnx
 from torchferry.core.engine import Availability, Capabilities, Engine, Graph, Session
-from torchferry.core.errors import BackendError, UnsupportedError
+from torchferry.core.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,17 +93,11 @@ class OpenVino:
             engine: What ``compile`` wrote.
             threads: Threads for one request; None for OpenVINO's choice among the cores that this process may use.
             profile: Measure every layer, for ``Session.profile``.
-
-        Raises:
-            UnsupportedError: If the CPU lacks the precision, in place of which OpenVINO would take another.
         """
-        precision = engine.target.precision
-        if precision not in self.capabilities().precisions:
-            raise UnsupportedError(f"this CPU does not compute in {precision}", hint="compile it for fp32")
         for file in engine.files:
             engine.path(file)  # raises if it is gone, as the weights may be
         model = engine.path(ONNX_FILE if ONNX_FILE in engine.files else MODEL_FILE)
-        return OpenVinoSession(engine.signature, model, properties(precision, threads, profile=profile))
+        return OpenVinoSession(engine.signature, model, properties(engine.target.precision, threads, profile=profile))
 
 
 def _converted(graph: Graph, path: Path, operators: KernelOperators) -> Any:

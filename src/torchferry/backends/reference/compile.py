@@ -43,7 +43,8 @@ class Reference:
         """Tell what the evaluator does."""
         import onnx
 
-        return Capabilities(precisions=("fp32", "fp16"), max_opset=onnx.defs.onnx_opset_version(), dynamic_shapes=True)
+        newest = onnx.defs.onnx_opset_version()
+        return Capabilities(precisions=("fp32", "fp16"), max_opset=newest, dynamic_shapes=True, fast=False)
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> tuple[str, ...]:
         """Save the graph as it is.
