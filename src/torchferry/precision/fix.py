@@ -48,11 +48,12 @@ def fix(
 
     Returns:
         The repaired model and its certificate. Of a graph, an ``Exported`` whose tensors are FLOAT16, apart from
-        islands and from inputs and outputs whose true values leave FP16's range, which are listed. Of a module, a copy
-        in FP32 that does the same, whose ``.half()`` is safe: its parameters are scaled, nothing else.
+        islands and from inputs and outputs whose true values leave FP16's range, which are listed. Of a module, one in
+        FP32 that does the same, whose ``.half()`` is safe: a copy with scaled parameters where these do, else a
+        ``GraphModule`` of its ATen calls with the nodes that the certificate lists. Parameters keep their names.
 
     Raises:
-        ModelError: If a module cannot be repaired by its weights; the message says what would be needed, and where.
+        ModelError: If a repaired module does not do what the module does.
         ExportError: If a module cannot be exported.
         InputError: If the calibration data does not fit.
         FormatError: If the graph is in FP16 already.
