@@ -113,6 +113,10 @@ class Graph(Protocol):
         """Write the ONNX file, with external data beside it where it is large."""
         ...
 
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some of these changed."""
+        ...
+
 
 class Backend(Protocol):
     """One inference engine."""

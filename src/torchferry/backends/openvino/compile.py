@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchferry.core.target import Target
 
 
+PASSES = ("inline-functions",)
 MODEL_FILE = "model.xml"
 ONNX_FILE = "model.onnx"  # in place of it, where the graph has kernels in Python
 WEIGHTS_FILE = "model.bin"  # beside the model and of its name, as OpenVINO wants it; absent where there are none
@@ -68,9 +69,10 @@ class OpenVino:
         precision is chosen then as well.
         """
         source = folder / ONNX_FILE
-        model = _converted(graph, source, KernelOperators())
-        adaptations = ("inline-functions",) if graph.model.functions else ()
-        if kernel_nodes(graph.model):  # what they are in Python is not saved in OpenVINO's format
+        adapted, done = _adapted(graph)
+        model = _converted(adapted, source, KernelOperators())
+        adaptations = (*done, *_of_openvino(adapted), f"precision-hint {PRECISIONS[target.precision]}")
+        if kernel_nodes(adapted.model):  # what they are in Python is not saved in OpenVINO's format
             return adaptations
         with translated("save the graph"):
             openvino().save_model(model, str(folder / MODEL_FILE), compress_to_fp16=False)
@@ -83,7 +85,7 @@ class OpenVino:
     def trial(self, graph: Graph, folder: Path) -> Session:
         """Load the graph in fp32, with one thread."""
         operators = KernelOperators()
-        model = _converted(graph, folder / ONNX_FILE, operators)
+        model = _converted(_adapted(graph)[0], folder / ONNX_FILE, operators)
         return OpenVinoSession(graph.signature, model, properties("fp32", threads=1), operators)
 
     def open(self, engine: Engine, *, threads: int | None = None, profile: bool = False) -> Session:
@@ -106,6 +108,24 @@ class OpenVino:
         return OpenVinoSession(engine.signature, model, properties(precision, threads, profile=profile))
 
 
+def _adapted(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
+    """Return the graph as OpenVINO wants it, which does not look into local functions, and what was done."""
+    from torchferry.graph.passes import adapt
+
+    if not graph.model.functions:
+        return graph, ()
+    model, done = adapt(graph.model, PASSES)
+    return graph.replace(model=model), done
+
+
+def _of_openvino(graph: Graph) -> tuple[str, ...]:
+    """Return what is done to a graph while OpenVINO reads it."""
+    convolutions = sum((node.domain, node.op_type) == ("", "DeformConv") for each in graph.model.graphs() for node in each)
+    doubles = sum(spec.dtype == "float64" for spec in (*graph.signature.inputs, *graph.signature.outputs))
+    counts = {"deform-conv-extension": convolutions, "float64-as-float32": doubles}
+    return tuple(f"{name} x{count}" for name, count in counts.items() if count)
+
+
 def _converted(graph: Graph, path: Path, operators: KernelOperators) -> Any:
     """Save a graph as ONNX and return what OpenVINO reads there; it may refer to the file's weights.
 
@@ -115,18 +135,8 @@ def _converted(graph: Graph, path: Path, operators: KernelOperators) -> Any:
     _check(graph)
     with with_shapes(kernel_nodes(graph.model)):
         graph.save(path)
-    if graph.model.functions:
-        _inline_functions(path)
     with translated("compile the graph"):
         return read_onnx(path, graph.signature, operators)
-
-
-def _inline_functions(path: Path) -> None:
-    """Put the bodies of local functions in place of their calls, since OpenVINO does not look into them."""
-    import onnx
-    from onnx.inliner import inline_local_functions
-
-    onnx.save(inline_local_functions(onnx.load(path, load_external_data=False)), path)
 
 
 def _check(graph: Graph) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torchferry.graph.passes import inline_functions, name_tensors, remove_identities
+from torchferry.graph.passes import compose_deform_conv, inline_functions, name_tensors, remove_identities
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["PASSES", "adapt"]
 
 PASSES = {
+    "compose-deform-conv": compose_deform_conv.apply,
     "inline-functions": inline_functions.apply,
     "name-tensors": name_tensors.apply,
     "remove-identities": remove_identities.apply,
