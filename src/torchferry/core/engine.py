@@ -59,6 +59,7 @@ class Capabilities:
         max_opset: The newest opset of the default ONNX domain that it reads.
         dynamic_shapes: True if one compiled engine runs at many sizes.
         general: False if it takes some graphs only, so that nothing is run on it unless somebody named it.
+        proves: True if ``compile`` has run what it wrote, or wrote the graph itself.
         devices: The names that ``Target.device`` may have besides the default, or how they begin.
         options: The names that ``Target.options`` may have.
     """
@@ -67,6 +68,7 @@ class Capabilities:
     max_opset: int
     dynamic_shapes: bool
     general: bool = True
+    proves: bool = False
     devices: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
 

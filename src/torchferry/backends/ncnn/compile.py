@@ -42,7 +42,7 @@ class Ncnn:
 
     def capabilities(self) -> Capabilities:
         """Tell what ncnn does on a CPU."""
-        return Capabilities(("fp32", "bf16"), max_opset=MAX_OPSET, dynamic_shapes=True, general=False)
+        return Capabilities(("fp32", "bf16"), max_opset=MAX_OPSET, dynamic_shapes=True, general=False, proves=True)
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> tuple[str, ...]:
         """Convert the graph with pnnx and prove the result at up to three sets of sizes.

@@ -120,9 +120,9 @@ def _adapted(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
 
 def _of_openvino(graph: Graph) -> tuple[str, ...]:
     """Return what is done to a graph while OpenVINO reads it."""
-    convolutions = sum((node.domain, node.op_type) == ("", "DeformConv") for each in graph.model.graphs() for node in each)
+    kinds = [(node.domain, node.op_type) for each in graph.model.graphs() for node in each]
     doubles = sum(spec.dtype == "float64" for spec in (*graph.signature.inputs, *graph.signature.outputs))
-    counts = {"deform-conv-extension": convolutions, "float64-as-float32": doubles}
+    counts = {"deform-conv-extension": kinds.count(("", "DeformConv")), "float64-as-float32": doubles}
     return tuple(f"{name} x{count}" for name, count in counts.items() if count)
 
 

@@ -43,7 +43,9 @@ class Reference:
         """Tell what the evaluator does."""
         import onnx
 
-        return Capabilities(precisions=("fp32", "fp16"), max_opset=onnx.defs.onnx_opset_version(), dynamic_shapes=True)
+        return Capabilities(
+            ("fp32", "fp16"), max_opset=onnx.defs.onnx_opset_version(), dynamic_shapes=True, proves=True
+        )
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> tuple[str, ...]:
         """Save the graph as it is.

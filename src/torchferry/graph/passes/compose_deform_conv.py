@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
 from torchferry.graph.passes.declined import decline
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _LINEAR_OPSET = 20  # from which on GridSample's mode is called "linear"
 
