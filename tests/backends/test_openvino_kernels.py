@@ -216,7 +216,8 @@ class TestWhatIsRefused:
                 assert caught.value.message.startswith("OpenVINO cannot run the model: ")
 
     @pytest.mark.parametrize(
-        ("dtype", "factor", "held"), [("int64", 1 << 40, r"1099511627776.* int64 in int32"), ("float64", 1e300, r"\d.*e\+")]
+        ("dtype", "factor", "held"),
+        [("int64", 1 << 40, r"1099511627776.* int64 in int32"), ("float64", 1e300, r"\d.*e\+")],
     )
     def test_numbers_that_openvino_would_change(self, dtype, factor, held, tmp_path):
         register(lambda x: x.astype(dtype) * factor, outputs=(dtype,))

@@ -36,7 +36,8 @@ def test_what_opens_and_then_fails_to_run_is_no_engine(tmp_path):
         helper.make_node("Resize", ["x", "", "", "sizes"], ["y"], mode="cubic"),  # of 3 axes: known when it runs
     ]
     values = [("x", TensorProto.FLOAT, ["n", "h", "w"])], [("y", TensorProto.FLOAT, [None, None, None])]
-    with pytest.raises(BackendError, match=r"^'onnxruntime' compiles the graph and then fails at 'x' \[.*Resize node '': 'Cubic' mode"):
+    message = r"^'onnxruntime' compiles the graph and then fails at 'x' \[.*Resize node '': 'Cubic' mode"
+    with pytest.raises(BackendError, match=message):
         ferry.compile(graph(nodes, *values, two=np.int64([2])), Target("onnxruntime"), tmp_path / "engine")
     assert not list(tmp_path.iterdir())
 

@@ -66,14 +66,14 @@ class Ncnn:
             )
         check_tensors(graph.signature)
         model, adaptations = adapt(graph.model, PASSES)
-        check_operators(model)
+        check_operators(model, graph.model)
         ir.external_data.load_to_model(model)
         signature = drop_idle_inputs(model, graph.signature)
         _check_outputs(model, signature)
         cases = make_cases(model, signature)
         sizes = [case.sizes for case in cases[:2]]
         with tempfile.TemporaryDirectory(prefix="torchferry-") as scratch:
-            convert(model, signature, sizes, Path(scratch), folder).save(folder / RECORD_FILE)
+            convert(model, graph.model, signature, sizes, Path(scratch), folder).save(folder / RECORD_FILE)
             prove(cases, signature, folder, Path(scratch))
         return adaptations
 

@@ -97,7 +97,8 @@ def _shortened(message: str) -> str:
         r"\1 node '\2':",
         message,
     )
-    return re.sub(r"\S*/onnxruntime_src/\S+ |\b\w+\.(h|cc):\d+ (operator\(\)|\w+) ", "", message).split("\n", 1)[0].strip()
+    message = re.sub(r"\S*/onnxruntime_src/\S+ |\b\w+\.(h|cc):\d+ (operator\(\)|\w+) ", "", message)
+    return message.split("\n", 1)[0].strip()
 
 
 class OnnxRuntimeSession(Session):

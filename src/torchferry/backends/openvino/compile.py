@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchferry.backends.openvino.kernels import KernelOperators, kernel_nodes, with_shapes
-from torchferry.backends.openvino.library import core, limits, openvino, translated
+from torchferry.backends.openvino.library import core, limits, missing_operators, openvino, translated
 from torchferry.backends.openvino.session import PRECISIONS, OpenVinoSession, properties, read_onnx
+from torchferry.backends.refusing import kernel_or_symbolic, operator_name, refusal
 from torchferry.core.engine import Availability, Capabilities, Engine, Graph, Session
 from torchferry.core.errors import BackendError, UnsupportedError
 
@@ -70,7 +71,7 @@ class OpenVino:
         """
         source = folder / ONNX_FILE
         adapted, done = _adapted(graph)
-        model = _converted(adapted, source, KernelOperators())
+        model = _converted(adapted, graph.model, source, KernelOperators())
         adaptations = (*done, *_of_openvino(adapted), f"precision-hint {PRECISIONS[target.precision]}")
         if kernel_nodes(adapted.model):  # what they are in Python is not saved in OpenVINO's format
             return adaptations
@@ -85,7 +86,7 @@ class OpenVino:
     def trial(self, graph: Graph, folder: Path) -> Session:
         """Load the graph in fp32, with one thread."""
         operators = KernelOperators()
-        model = _converted(_adapted(graph)[0], folder / ONNX_FILE, operators)
+        model = _converted(_adapted(graph)[0], graph.model, folder / ONNX_FILE, operators)
         return OpenVinoSession(graph.signature, model, properties("fp32", threads=1), operators)
 
     def open(self, engine: Engine, *, threads: int | None = None, profile: bool = False) -> Session:
@@ -126,17 +127,26 @@ def _of_openvino(graph: Graph) -> tuple[str, ...]:
     return tuple(f"{name} x{count}" for name, count in counts.items() if count)
 
 
-def _converted(graph: Graph, path: Path, operators: KernelOperators) -> Any:
+def _converted(graph: Graph, whole: ir.Model, path: Path, operators: KernelOperators) -> Any:
     """Save a graph as ONNX and return what OpenVINO reads there; it may refer to the file's weights.
 
     Raises:
-        BackendError: If OpenVINO refuses the graph, or would change numbers in it.
+        UnsupportedError: If OpenVINO lacks operators; names all, with modules and lines.
+        BackendError: If it refuses the graph otherwise, or would change numbers in it.
     """
     _check(graph)
     with with_shapes(kernel_nodes(graph.model)):
         graph.save(path)
     with translated("compile the graph"):
-        return read_onnx(path, graph.signature, operators)
+        try:
+            return read_onnx(path, graph.signature, operators)
+        except Exception as exc:
+            names = missing_operators(str(exc))
+            nodes = [node for each in graph.model.graphs() for node in each if operator_name(node) in names]
+            if not nodes:
+                raise
+            way = kernel_or_symbolic(nodes)
+            raise refusal("OpenVINO has no operator", nodes, graph.model, whole, first_way=way) from exc
 
 
 def _check(graph: Graph) -> None:

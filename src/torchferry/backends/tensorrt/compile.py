@@ -92,7 +92,8 @@ class TensorRt:
             ir.external_data.load_to_model(model)
             ir.save(model, source, external_data="model.data" if weights > _LARGE else None)
             workspace = target.options.get(WORKSPACE, 0)
-            (folder / ENGINE_FILE).write_bytes(build(model, signature, self.flavour, gpus, source, workspace))
+            engine = build(model, graph.model, signature, self.flavour, gpus, source, workspace)
+            (folder / ENGINE_FILE).write_bytes(engine)
         names = {
             "inputs": dict(zip(signature.input_names, (value.name for value in model.graph.inputs), strict=True)),
             "outputs": dict(zip(signature.output_names, (value.name for value in model.graph.outputs), strict=True)),
