@@ -259,7 +259,7 @@ class TestWhatIsRefused:
         assert e.value.hint.startswith("import the module that gives 'my.own::Op' a kernel")
 
     def test_an_operator_that_nobody_has(self, tmp_path):
-        with pytest.raises(BackendError, match="it has no operator my.own::Op") as caught:
+        with pytest.raises(BackendError, match="OpenVINO has no operator my.own::Op") as caught:
             ferry.compile(graph(node()), TARGET, tmp_path / "engine")
         assert caught.value.hint.startswith("import the module that gives 'my.own::Op' a kernel")
 

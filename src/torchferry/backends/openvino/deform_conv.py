@@ -22,7 +22,7 @@ def _converted(node: Any) -> list[Any]:
     x, weights, offset, bias, mask = [*given, None, None][:5]
     operators = openvino().opset15
     rank = weights.get_partial_shape().rank
-    if rank.is_dynamic or rank.get_length() != 4:
+    if rank.is_static and rank.get_length() != 4:
         raise BackendError("it has DeformConv for two spatial axes alone")
     pads = _attribute(node, "pads", [0, 0, 0, 0])
     result = openvino().opset8.deformable_convolution(
