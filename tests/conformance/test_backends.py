@@ -2,8 +2,12 @@
 
 import dataclasses
 import gc
+import re
 import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,7 +17,7 @@ from onnx import TensorProto, helper
 import torchferry as ferry
 from torchferry import backends
 from torchferry.core.compare import TOLERANCES, compare
-from torchferry.core.engine import Engine, get_backend
+from torchferry.core.engine import Engine, get_backend, open_options
 from torchferry.core.errors import (
     BackendError,
     FormatError,
@@ -460,6 +464,53 @@ def test_close_and_reopen(compiled):
     np.testing.assert_array_equal(first, 2 * x)  # an output outlives its session
     with Engine.load(engine.folder).open() as again:
         np.testing.assert_array_equal(only(again.run({"x": x})), first)
+
+
+RUNS_AND_MEMORY = """
+import sys, numpy
+from torchferry.core.engine import Engine
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+engine, x = Engine.load(sys.argv[1]), numpy.ones((2, 1024), numpy.float32)
+for cycle in range(40):
+    with engine.open(**({"threads": 1} if sys.argv[2] == "threads" else {})) as session:
+        session.run({"x": x})
+    if cycle == 9:
+        before = resident()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read where Linux has it")
+def test_memory_comes_back_when_a_session_is_closed(backend, compiled):
+    weights = np.random.default_rng(0).random((1024, 1024), np.float32)
+    engine = compiled(times(weights))
+    threads = "threads" if "threads" in open_options(get_backend(backend)) else ""
+    command = [sys.executable, "-c", RUNS_AND_MEMORY, str(engine.folder), threads]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Thirty sessions hold 120 MiB of weights at least, if nothing comes back.
+    assert int(done.stdout) < 8 * weights.nbytes
+
+
+def test_an_engine_of_another_version_opens_or_says_which_it_was(compiled):
+    engine = compiled(double())
+    other = dataclasses.replace(engine, versions={**engine.versions, engine.target.backend: "0.0.1"})
+    other.save()
+    with Engine.load(engine.folder).open() as session:
+        np.testing.assert_array_equal(only(session.run({"x": np.ones((1, 3), np.float32)})), [[2, 2, 2]])
+    for file in engine.files:
+        (engine.folder / file).write_bytes(b"of a format that nobody knows")
+    installed = engine.versions[engine.target.backend]
+    message = f"compiled with {engine.target.backend} 0.0.1, and {re.escape(installed)} is installed"
+    with pytest.raises(BackendError, match=message) as caught:
+        other.open()
+    assert caught.value.hint == f"compile it again, or install {engine.target.backend} 0.0.1"
+    with pytest.raises(BackendError) as caught:
+        engine.open()
+    assert "0.0.1" not in str(caught.value)
 
 
 def test_the_record_on_disk_is_the_engine(builder, tmp_path):

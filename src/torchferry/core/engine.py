@@ -260,9 +260,22 @@ class Engine:
 
         Raises:
             MissingBackendError: If the engine is not installed here.
-            BackendError: If it cannot load the files.
+            BackendError: If it cannot load the files; says so if another version of the engine wrote them.
         """
-        return get_backend(self.target.backend).open(self, **options)
+        backend = get_backend(self.target.backend)
+        try:
+            return backend.open(self, **options)
+        except BackendError as exc:
+            name, installed = self.target.backend, backend.availability().version
+            recorded = self.versions.get(name, installed)
+            # A subclass says what is missing here, whatever the version.
+            if type(exc) is not BackendError or recorded == installed:
+                raise
+            raise BackendError(
+                f"{exc.message}; it was compiled with {name} {recorded}, and {installed} is installed",
+                where=exc.where,
+                hint=f"compile it again, or install {name} {recorded}",
+            ) from exc
 
 
 @functools.cache
