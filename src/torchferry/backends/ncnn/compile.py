@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
     from torchferry.core.signature import Signature
 
-PASSES = ("inline-functions", "remove-identities", "name-tensors")
+PASSES = (
+    "raise-opset",
+    "inline-functions",
+    "compose-deform-conv",
+    "fold-constants",
+    "remove-identities",
+    "name-tensors",
+)
 MAX_OPSET = 23
 
 

@@ -135,16 +135,25 @@ def _check_values(network: Any, signature: Signature) -> None:
     """
     for place, spec in enumerate(signature.inputs):
         if network.get_input(place).is_shape_tensor:
-            raise UnsupportedError(
-                f"TensorRT wants ranges for the values of '{spec.name}', since sizes depend on them",
-                hint="make it a constant of the model, or use another backend",
-            )
+            raise _values_refused(spec.name)
+
+
+def _values_refused(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"TensorRT wants ranges for the values of '{name}', since sizes depend on them",
+        hint="make it a constant of the model, or use another backend",
+    )
 
 
 def _not_parsed(model: ir.Model, whole: ir.Model, parse_errors: list[Any], logged: list[str]) -> BackendError:
     if not parse_errors:
         return BackendError(f"TensorRT cannot read the graph: {_shortened(' '.join(logged)) or 'it does not say why'}")
+    from torchferry.graph.passes.name_tensors import given_name
+
     reason = _shortened(parse_errors[0].desc())
+    sized = re.search(r"Network input (\S+) is a shape tensor", reason)
+    if sized:
+        return _values_refused(next(given_name(value) for value in model.graph.inputs if value.name == sized[1]))
     reason = reason if re.search(r"\w \w", reason) else "at least not in this form"
     nodes = [node for error in parse_errors if (node := _node_of(model, error)) is not None]
     if not nodes:

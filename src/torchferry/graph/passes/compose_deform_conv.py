@@ -130,10 +130,9 @@ class _Writer:
 
         grid = self._grid(offset, (parts, rows, columns), (height, width))
         grid = op("Reshape", grid, self._shape(parts, tall, columns, 2))
-        picture = op("Reshape", x, self._shape(parts, it.channels // it.offset_group, height, width))
-        samples = op(
-            "GridSample", self._cast(picture), grid, mode=self._mode, padding_mode="zeros", align_corners=0
-        )  # (parts, channels of a part, taps x rows, columns)
+        picture = op("Reshape", self._cast(x), self._shape(parts, it.channels // it.offset_group, height, width))
+        # (parts, channels of a part, taps x rows, columns)
+        samples = op("GridSample", picture, grid, mode=self._mode, padding_mode="zeros", align_corners=0)
         if mask is not None:
             samples = op("Mul", samples, op("Reshape", self._cast(mask), self._shape(parts, 1, tall, columns)))
         if it.dtype != self._dtype:
