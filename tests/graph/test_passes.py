@@ -84,6 +84,15 @@ def test_an_output_keeps_its_name_where_an_identity_gives_it():
         np.testing.assert_array_equal(got, expected)
 
 
+def test_empty_inputs_at_the_end_of_a_node_go():
+    nodes = [helper.make_node("Clip", ["x", "", "top"], ["t"]), helper.make_node("Clip", ["t", "top", ""], ["y"])]
+    top = helper.make_tensor("top", TensorProto.FLOAT, [], [2.0])
+    adapted, done = adapt(model(nodes, ["x"], ["y"], [top]), ["trim-inputs"])
+    assert done == ("trim-inputs x1",)
+    assert [len(node.inputs) for node in adapted.graph] == [3, 2]
+    np.testing.assert_array_equal(run(adapted, np.float32([1, 3]))[0], [2, 2])
+
+
 def test_names_become_plain_and_do_not_collide():
     nodes = [helper.make_node("Neg", ['a "b" é'], ["input0"]), helper.make_node("Add", ["input0", "z"], ["out, 1"])]
     given = model(nodes, ['a "b" é', "z"], ["out, 1"])

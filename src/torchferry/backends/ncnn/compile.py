@@ -107,9 +107,9 @@ def _check_outputs(model: ir.Model, signature: Signature) -> None:
     Raises:
         UnsupportedError: If one is an input or a constant.
     """
-    for value, spec in zip(model.graph.outputs, signature.outputs, strict=True):
+    for place, (value, spec) in enumerate(zip(model.graph.outputs, signature.outputs, strict=True)):
         node = value.producer()
-        if node is None or node.op_type in ("Identity", "Constant"):
+        if node is None or node.op_type in ("Identity", "Constant") or value in model.graph.outputs[:place]:
             raise UnsupportedError(
                 f"ncnn computes all that it gives; the output '{spec.name}' is an input, a constant or another output",
                 hint="leave it out of the model's outputs",

@@ -56,9 +56,9 @@ def check_tensors(signature: Signature) -> None:
                 hint="convert it inside the model, or use another backend",
             )
     for spec in signature.inputs:
-        if not spec.shape or None in spec.shape:
+        if not spec.shape or None in spec.shape or 0 in spec.shape:
             raise UnsupportedError(
-                f"ncnn wants inputs of one axis at least, each fixed or with a name, got {spec}",
+                f"ncnn wants inputs of one axis at least, each fixed or with a name, and none empty, got {spec}",
                 hint="name its axes, or use another backend",
             )
 

@@ -157,7 +157,7 @@ def _not_parsed(model: ir.Model, whole: ir.Model, parse_errors: list[Any], logge
     reason = reason if re.search(r"\w \w", reason) else "at least not in this form"
     nodes = [node for error in parse_errors if (node := _node_of(model, error)) is not None]
     if not nodes:
-        return UnsupportedError(f"TensorRT does not take {parse_errors[0].node_operator()}: {reason}")
+        return UnsupportedError(f"TensorRT does not take {parse_errors[0].node_operator() or 'the graph'}: {reason}")
     return refusal("TensorRT does not take", list(dict.fromkeys(nodes)), model, whole, reason=reason)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ENGINE_FILE = "model.engine"
 NAMES_FILE = "model.json"
-PASSES = ("inline-functions", "compose-deform-conv", "name-tensors")
+PASSES = ("inline-functions", "compose-deform-conv", "trim-inputs", "name-tensors")
 MAX_OPSET = 24
 DEVICE = "cuda"
 WORKSPACE = "max_workspace_size"

@@ -14,6 +14,7 @@ from torchferry.graph.passes import (
     name_tensors,
     raise_opset,
     remove_identities,
+    trim_inputs,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ PASSES = {
     "name-tensors": name_tensors.apply,
     "raise-opset": raise_opset.apply,
     "remove-identities": remove_identities.apply,
+    "trim-inputs": trim_inputs.apply,
 }
 
 
