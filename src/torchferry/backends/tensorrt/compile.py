@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchferry.backends.tensorrt.build import build, known_capabilities
+from torchferry.backends.tensorrt.build import build, known_capabilities, shape_ranges
 from torchferry.backends.tensorrt.cuda import why_no_gpu
 from torchferry.backends.tensorrt.session import TensorRtSession
 from torchferry.backends.tensorrt.types import check_precision, check_types
@@ -99,7 +99,7 @@ class TensorRt:
             "outputs": dict(zip(signature.output_names, (value.name for value in model.graph.outputs), strict=True)),
         }
         (folder / NAMES_FILE).write_text(json.dumps(names, indent=2))
-        return adaptations
+        return (*adaptations, *(["optimization-profile x1"] if shape_ranges(signature) else []))
 
     def _gpus(self, target: Target) -> tuple[str, ...]:
         """Return the GPUs to build for; empty for the one at hand.
