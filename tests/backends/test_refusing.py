@@ -99,7 +99,7 @@ def test_an_operator_of_onnx_with_its_module_and_line(tmp_path, backend):
     assert [node.op_type for node in tail.model.graph] == ["Mul"]
 
 
-@pytest.mark.parametrize("backend", LACKING_DET[:1])
+@pytest.mark.parametrize("backend", WITH_ALL)
 def test_a_cut_is_not_proposed_where_the_user_would_not_find_it(tmp_path, backend):
     opset = helper.make_opsetid("nobody", 1)
     odd = helper.make_function("own", "Wrapped", ["a"], ["b"], [foreign("Odd", ["a"], ["b"])], [opset])

@@ -66,7 +66,7 @@ REFUSED = {
         "test_booleans": _ONLY_FLOAT32,
         "test_scalars": "it has no tensors without axes",
         "test_what_fails_while_running_is_one_clear_error": "it would not notice, so the graph is not compiled",
-    }
+    },
 }
 
 # Engines that take the precision from the graph's own types.

@@ -32,11 +32,11 @@ def unknown_nodes(model: ir.Model, known: Collection[tuple[str, str]]) -> list[i
     """
     from torchferry.core.kernels import kernels
 
-    functions = {(function.domain, function.name) for function in model.functions.values()}
-    own = {tuple(kernel.name.split("::")) for kernel in kernels()}
-    known = {*known, *functions, *own}
+    known = {*known, *((function.domain, function.name) for function in model.functions.values())}
+    own = {kernel.name for kernel in kernels()}
     graphs = [*model.graphs(), *(function.graph for function in model.functions.values())]
-    return [node for graph in graphs for node in graph if (node.domain, node.op_type) not in known]
+    nodes = [node for graph in graphs for node in graph if operator_name(node) not in own]
+    return [node for node in nodes if (node.domain, node.op_type) not in known]
 
 
 def kernel_or_symbolic(nodes: Sequence[ir.Node]) -> str:
@@ -107,14 +107,16 @@ def _cut(nodes: Sequence[ir.Node], model: ir.Model, whole: ir.Model) -> str:
     return f"take {' and '.join(parts)}" if parts else "leave it out with `torchferry partition`"
 
 
-def _boundaries(refused: Collection[ir.Node], graph: ir.Graph) -> tuple[list[str], list[str]]:
+def _boundaries(refused: set[ir.Node], graph: ir.Graph) -> tuple[list[str], list[str]]:
     """Return where all ends that needs none of some nodes, and what that needs which follows them, by the user's names.
 
-    A node that needs one of them and is needed by another is in neither.
+    A node that needs one of them and is needed by another is in neither. There are none where one is inside a function.
     """
     from torchferry.graph.passes.name_tensors import given_name
 
     reads = {node: list(_reads(node)) for node in graph}
+    if not refused <= {inner for node in graph for inner in _with_inner(node)}:
+        return [], []
     barred = {node for node in graph if not refused.isdisjoint(_with_inner(node))}
     rooted = {value for value in graph.inputs if not value.is_initializer()}
     follows: set[ir.Node] = set()

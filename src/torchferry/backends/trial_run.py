@@ -46,13 +46,13 @@ def run_once(engine: Engine, graph: Graph, reference: Backend) -> None:
                 failures.append((inputs, exc))
             else:
                 return
-    for inputs, exc in failures:
+    for inputs, failure in failures:
         if _runs(graph, inputs, reference):
             shapes = ", ".join(f"'{name}' {list(array.shape)}" for name, array in inputs.items())
             raise BackendError(
-                f"'{engine.target.backend}' compiles the graph and then fails at {shapes}: {exc.message}",
+                f"'{engine.target.backend}' compiles the graph and then fails at {shapes}: {failure.message}",
                 hint="leave the operator out with `torchferry partition`, or use another backend",
-            ) from exc
+            ) from failure
 
 
 def _attempts(signature: Signature) -> list[dict[str, Array]]:

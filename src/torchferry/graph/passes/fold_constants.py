@@ -105,6 +105,6 @@ def _replace(graph: ir.Graph, node: ir.Node, results: Sequence[np.ndarray[Any, A
     values = [each.outputs[0] for each in made]
     for each, old, array in zip(made, node.outputs, results, strict=True):
         each.metadata_props.update(node.metadata_props)
-        each.outputs[0].dtype, each.outputs[0].shape = old.dtype, ir.Shape(array.shape)
+        each.outputs[0].type, each.outputs[0].shape = old.type, ir.Shape(array.shape)
     ir.convenience.replace_nodes_and_values(graph, node, [node], made, list(node.outputs), values)
     return values
