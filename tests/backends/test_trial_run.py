@@ -54,6 +54,16 @@ def test_what_made_up_numbers_do_to_the_graph_itself_is_not_held_against_the_eng
 
 
 @needs_onnxruntime
+def test_scales_that_nobody_would_give_are_not_held_against_the_engine(tmp_path):
+    node = helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="cubic")  # in two axes, which 0..1 would not be
+    inputs = [("x", TensorProto.FLOAT, [1, 3, 8, 8]), ("scales", TensorProto.FLOAT, [4])]
+    model = graph([node], inputs, [("y", TensorProto.FLOAT, [None, None, None, None])])
+    with ferry.compile(model, Target("onnxruntime"), tmp_path / "engine").open() as session:
+        given = {"x": np.ones((1, 3, 8, 8), np.float32), "scales": np.float32([1, 1, 2, 2])}
+        assert session.run(given)["y"].shape == (1, 3, 16, 16)
+
+
+@needs_onnxruntime
 def test_integers_are_zeros_for_an_index_and_ones_for_a_divisor(tmp_path):
     inputs = [("x", TensorProto.INT64, ["n"]), ("divisor", TensorProto.INT64, [])]
     modulo = graph([helper.make_node("Mod", ["x", "divisor"], ["y"])], inputs, [("y", TensorProto.INT64, ["n"])])
