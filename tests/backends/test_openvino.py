@@ -95,11 +95,15 @@ def test_threads_are_an_option(tmp_path):
         engine.open(thread_count=1)
 
 
-def test_a_missing_operator_is_named_with_what_to_do(tmp_path):
-    inputs = [value(name, shape=None) for name in ("x", "w", "offset")]
-    node = helper.make_node("DeformConv", ["x", "w", "offset"], ["y"], kernel_shape=[3, 3])
-    with pytest.raises(BackendError, match=r"^OpenVINO cannot compile the graph: it has no operator DeformConv-20\n"):
-        ferry.compile(graph([node], inputs, [value("y", shape=None)]), Target("openvino"), tmp_path / "engine")
+def test_what_is_done_to_the_graph_is_listed(tmp_path):
+    opset = helper.make_opsetid("", 20)
+    negated = helper.make_function("own", "Negated", ["a"], ["b"], [helper.make_node("Neg", ["a"], ["b"])], [opset])
+    values = [value("x", TensorProto.DOUBLE)], [value("y", TensorProto.DOUBLE)]
+    model = graph([helper.make_node("Negated", ["x"], ["y"], domain="own")], *values)
+    model.functions.append(negated)
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    engine = ferry.compile(model, Target("openvino"), tmp_path / "engine")
+    assert engine.adaptations == ("inline-functions x1", "float64-as-float32 x2", "precision-hint f32")
 
 
 @pytest.mark.parametrize("dtype", [TensorProto.BFLOAT16, TensorProto.STRING])

@@ -82,7 +82,8 @@ def test_attributes_are_what_the_node_says_and_those_that_it_has_not_are_left_ou
 
     register(function, times="int", alpha="float", how="string", on="int")
     run(graph(node(times=-(1 << 40), alpha=0.5, how="up")), tmp_path)
-    assert seen == [{"times": -(1 << 40), "alpha": 0.5, "how": "up"}]
+    assert len(seen) > 1  # when it is compiled, it is run as well
+    assert all(attributes == {"times": -(1 << 40), "alpha": 0.5, "how": "up"} for attributes in seen)
 
 
 def test_nodes_that_differ_in_attributes_alone_are_not_taken_for_one(tmp_path):
@@ -189,8 +190,19 @@ class TestWhatIsRefused:
     @pytest.mark.parametrize(
         ("function", "message"),
         [
-            (lambda x: x[0], r"gave output 0 the shape \[3\], expected \[\?, 3\]$"),
-            (lambda x: x[:, :2], r"gave output 0 the shape \[2, 2\], expected \[\?, 3\]$"),
+            (lambda x: x[0], r"gave output 0 the shape \[\d\], expected \[\?, 3\]"),
+            (lambda x: x[:, :2], r"gave output 0 the shape \[\d, 2\], expected \[\?, 3\]"),
+        ],
+    )
+    def test_a_kernel_that_gives_other_shapes_than_the_graph_says(self, function, message, tmp_path):
+        register(function)
+        with pytest.raises(BackendError, match=message) as caught:
+            run(graph(node()), tmp_path)
+        assert "OpenVINO cannot run the model: " in caught.value.message
+
+    @pytest.mark.parametrize(
+        ("function", "message"),
+        [
             (lambda x: x @ x, "the kernel of 'my.own::Op' fails: ValueError: matmul"),
             (lambda x: (x, x), "the kernel of 'my.own::Op' fails: ValueError"),
         ],
@@ -204,7 +216,8 @@ class TestWhatIsRefused:
                 assert caught.value.message.startswith("OpenVINO cannot run the model: ")
 
     @pytest.mark.parametrize(
-        ("dtype", "factor", "held"), [("int64", 1 << 40, r"1099511627776.* int64 in int32"), ("float64", 1e300, "1e")]
+        ("dtype", "factor", "held"),
+        [("int64", 1 << 40, r"1099511627776.* int64 in int32"), ("float64", 1e300, r"\d.*e\+")],
     )
     def test_numbers_that_openvino_would_change(self, dtype, factor, held, tmp_path):
         register(lambda x: x.astype(dtype) * factor, outputs=(dtype,))
@@ -246,7 +259,7 @@ class TestWhatIsRefused:
         assert e.value.hint.startswith("import the module that gives 'my.own::Op' a kernel")
 
     def test_an_operator_that_nobody_has(self, tmp_path):
-        with pytest.raises(BackendError, match="it has no operator my.own::Op") as caught:
+        with pytest.raises(BackendError, match="OpenVINO has no operator my.own::Op") as caught:
             ferry.compile(graph(node()), TARGET, tmp_path / "engine")
         assert caught.value.hint.startswith("import the module that gives 'my.own::Op' a kernel")
 

@@ -1,5 +1,6 @@
 """What is particular to TensorRT. TensorRT-RTX builds on any machine, so most of this needs no GPU."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -116,35 +117,34 @@ def test_marks_vanish_by_a_named_pass(tmp_path):
 
 
 @needs_rtx
-def test_an_operator_that_it_lacks_is_named_with_its_module_and_line(tmp_path):
-    class Body(torch.nn.Module):
-        def forward(self, x):
-            return torch.linalg.det(x)
-
-    class Whole(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = Body()
-
-        def forward(self, x):
-            return self.body(x + 1)
-
-    model = ferry.export(Whole(), torch.rand(2, 3, 3))
-    with pytest.raises(UnsupportedError, match="operator Det.*'body'") as caught:
-        ferry.compile(model, Target(RTX), tmp_path / "engine")
-    assert "torch.linalg.det(x)" in caught.value.where
-    assert "torchferry partition" in caught.value.hint
-    assert "\n" not in caught.value.message
-    assert not list(tmp_path.iterdir())
-
-
-@needs_rtx
 def test_sizes_that_depend_on_the_values_of_an_input_are_refused_by_its_name(tmp_path):
     nodes = [helper.make_node("Resize", ["x", "", "", "sizes wanted"], ["y"])]
     inputs = [("x", TensorProto.FLOAT, [1, 3, 8, 8]), ("sizes wanted", TensorProto.INT64, [4])]
     model = graph(nodes, inputs, [("y", TensorProto.FLOAT, [1, 3, None, None])])
     with pytest.raises(UnsupportedError, match="values of 'sizes wanted'"):
         ferry.compile(model, Target(RTX), tmp_path / "engine")
+    nodes = [helper.make_node("Resize", ["x", "", "scales wanted"], ["y"])]
+    inputs[1] = ("scales wanted", TensorProto.FLOAT, [4])
+    model = graph(nodes, inputs, [("y", TensorProto.FLOAT, [1, 3, None, None])])
+    with pytest.raises(UnsupportedError, match="values of 'scales wanted'"):
+        ferry.compile(model, Target(RTX), tmp_path / "engine")
+
+
+@needs_rtx
+def test_scales_that_are_computed_from_sizes_are_taken_and_the_ranges_are_a_listed_profile(tmp_path):
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Cast", ["shape"], ["sizes"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["wanted", "sizes"], ["scales"]),
+        helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="linear"),
+    ]
+    wanted = helper.make_tensor("wanted", TensorProto.FLOAT, [4], [1, 3, 40, 30])
+    values = [("x", TensorProto.FLOAT, [1, 3, "h", "w"])], [("y", TensorProto.FLOAT, [1, 3, 40, 30])]
+    free = as_exported(graph(nodes, *values, [wanted]))
+    dims = dict.fromkeys(free.signature.dims, DimRange(4, 64))
+    ranged = free.replace(signature=dataclasses.replace(free.signature, dims=dims))
+    engine = ferry.compile(ranged, Target(RTX, device="cuda:sm86"), tmp_path / "engine")
+    assert engine.adaptations[-1] == "optimization-profile x1"
 
 
 @needs_rtx

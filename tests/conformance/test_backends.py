@@ -2,18 +2,23 @@
 
 import dataclasses
 import gc
+import re
 import shutil
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 import torchferry as ferry
 from torchferry import backends
 from torchferry.core.compare import TOLERANCES, compare
-from torchferry.core.engine import Engine, get_backend
+from torchferry.core.engine import Engine, get_backend, open_options
 from torchferry.core.errors import (
     BackendError,
     FormatError,
@@ -43,6 +48,9 @@ TYPES = {
 # What an engine has to refuse, and why. It is held to it: a test that passes, or fails in another way, is an error.
 _ONLY_FLOAT32 = "it computes in float32 alone"
 REFUSED = {
+    "reference": {
+        "test_weights_are_inputs_and_scales_an_attribute": "it has Upsample as of opset 9 alone",
+    },
     "ncnn": {
         "test_an_operator_that_does_nothing_beside_inputs_without_effect": "it hands nothing through",
         "test_outputs_that_are_one_tensor_an_input_or_a_constant": "it hands nothing through",
@@ -58,7 +66,7 @@ REFUSED = {
         "test_booleans": _ONLY_FLOAT32,
         "test_scalars": "it has no tensors without axes",
         "test_what_fails_while_running_is_one_clear_error": "it would not notice, so the graph is not compiled",
-    }
+    },
 }
 
 # Engines that take the precision from the graph's own types.
@@ -399,6 +407,81 @@ def test_scalars(compiled):
         assert only(session.run({"x": np.array(3, np.float32)})) == -3
 
 
+def old(nodes, inputs, outputs, opset, ir_version, **weights) -> onnx.ModelProto:
+    """Build a model of an old file format and opset, which has only to be read."""
+    values = [[helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in group] for group in (inputs, outputs)]
+    initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    model = helper.make_model(
+        helper.make_graph(nodes, "torch-jit-export", *values, initializers),
+        opset_imports=[helper.make_opsetid("", opset)],
+    )
+    model.ir_version = ir_version
+    return model
+
+
+KERNEL = np.random.default_rng(0).standard_normal((4, 3, 3, 3)).astype(np.float32)
+
+
+class TestFilesOfOtherExporters:
+    def test_weights_are_inputs_and_scales_an_attribute(self, compiled):
+        bias = np.float32([1, 2, 3, 4])
+        weights = {"w": KERNEL, "b": bias}
+        nodes = [
+            helper.make_node("Conv", ["0", "w", "b"], ["3"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["3"], ["4"]),
+            helper.make_node("Upsample", ["4"], ["5"], mode="nearest", scales=[1.0, 1.0, 2.0, 2.0]),
+        ]
+        inputs = [("0", [1, 3, 8, 8]), *((name, array.shape) for name, array in weights.items())]
+        model = old(nodes, inputs, [("5", [1, 4, 16, 16])], opset=7, ir_version=3, **weights)
+        convolution = old(nodes[:1], inputs, [("3", [1, 4, 8, 8])], opset=7, ir_version=3, **weights)
+        x = np.random.default_rng(1).random((1, 3, 8, 8), np.float32)
+        (expected,) = ReferenceEvaluator(convolution).run(None, {"0": x})
+        with compiled(model).open() as session:
+            got = only(session.run({"0": x}))
+        np.testing.assert_allclose(got, np.maximum(expected, 0).repeat(2, 2).repeat(2, 3), rtol=1e-4, atol=1e-5)
+
+    def test_sizes_have_no_names_and_inputs_are_left_empty(self, compiled):
+        nodes = [
+            helper.make_node("Conv", ["image:0", "w", ""], ["t"], auto_pad="SAME_UPPER"),
+            helper.make_node("Clip", ["t"], ["Identity:0"], min=0.0, max=6.0),
+        ]
+        inputs = [("image:0", [-1, 3, None, "unk__7/2"])]
+        model = old(nodes, inputs, [("Identity:0", [-1, 4, None, None])], opset=10, ir_version=5, w=KERNEL)
+        same = old(nodes, inputs, [("Identity:0", [None] * 4)], opset=10, ir_version=5, w=KERNEL)
+        with compiled(model).open() as session:
+            for shape in ((2, 3, 8, 10), (1, 3, 12, 9)):
+                x = np.random.default_rng(1).random(shape, np.float32)
+                (expected,) = ReferenceEvaluator(same).run(None, {"image:0": x})
+                np.testing.assert_allclose(only(session.run({"image:0": x})), expected, rtol=1e-4, atol=1e-5)
+
+    def test_sizes_are_computed_node_by_node(self, compiled):
+        nodes = [
+            helper.make_node("Gemm", ["flat", "weights", "bias"], ["y"], transB=1),  # before what it needs
+            helper.make_node("GlobalAveragePool", ["x"], ["pooled"]),
+            helper.make_node("Shape", ["pooled"], ["shape"]),
+            helper.make_node("Constant", [], ["zero"], value=numpy_helper.from_array(np.array(0))),
+            helper.make_node("Gather", ["shape", "zero"], ["batch"]),
+            helper.make_node("Unsqueeze", ["batch"], ["first"], axes=[0]),
+            helper.make_node("Constant", [], ["rest"], value=numpy_helper.from_array(np.array([-1]))),
+            helper.make_node("Concat", ["first", "rest"], ["sizes"], axis=0),
+            helper.make_node("Reshape", ["pooled", "sizes"], ["flat"]),
+        ]
+        weights = {"weights": np.float32([[1, 2, 3]]), "bias": np.float32([1])}
+        model = old(nodes, [("x", ["batch_size", 3, 4, 4])], [("y", ["batch_size", 1])], 9, 4, **weights)
+        model.opset_import[0].domain = "ai.onnx"
+        with compiled(model).open() as session:
+            x = np.random.default_rng(1).random((2, 3, 4, 4), np.float32)
+            expected = x.mean((2, 3)) @ weights["weights"].T + 1
+            np.testing.assert_allclose(only(session.run({"x": x})), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [[4, 3], [None, 3], ["n", 3]])
+def test_a_file_of_another_exporter_is_built(builder, tmp_path, shape):
+    nodes = [helper.make_node("Conv", ["x", "w", ""], ["t"]), helper.make_node("Clip", ["t"], ["y"], min=0.0, max=6.0)]
+    model = old(nodes, [("x", [*shape, 8, 8])], [("y", [None, 4, 6, 6])], opset=10, ir_version=5, w=KERNEL)
+    assert ferry.compile(bounded(model), Target(builder), tmp_path / "engine").files
+
+
 def test_views(compiled):
     with compiled(double(shape=("n", "m"))).open() as session:
         x = np.arange(24, dtype=np.float32).reshape(4, 6)
@@ -460,6 +543,53 @@ def test_close_and_reopen(compiled):
     np.testing.assert_array_equal(first, 2 * x)  # an output outlives its session
     with Engine.load(engine.folder).open() as again:
         np.testing.assert_array_equal(only(again.run({"x": x})), first)
+
+
+RUNS_AND_MEMORY = """
+import sys, numpy
+from torchferry.core.engine import Engine
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+engine, x = Engine.load(sys.argv[1]), numpy.ones((2, 1024), numpy.float32)
+for cycle in range(40):
+    with engine.open(**({"threads": 1} if sys.argv[2] == "threads" else {})) as session:
+        session.run({"x": x})
+    if cycle == 9:
+        before = resident()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read where Linux has it")
+def test_memory_comes_back_when_a_session_is_closed(backend, compiled):
+    weights = np.random.default_rng(0).random((1024, 1024), np.float32)
+    engine = compiled(times(weights))
+    threads = "threads" if "threads" in open_options(get_backend(backend)) else ""
+    command = [sys.executable, "-c", RUNS_AND_MEMORY, str(engine.folder), threads]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Thirty sessions hold 120 MiB of weights at least, if nothing comes back.
+    assert int(done.stdout) < 8 * weights.nbytes
+
+
+def test_an_engine_of_another_version_opens_or_says_which_it_was(compiled):
+    engine = compiled(double())
+    other = dataclasses.replace(engine, versions={**engine.versions, engine.target.backend: "0.0.1"})
+    other.save()
+    with Engine.load(engine.folder).open() as session:
+        np.testing.assert_array_equal(only(session.run({"x": np.ones((1, 3), np.float32)})), [[2, 2, 2]])
+    for file in engine.files:
+        (engine.folder / file).write_bytes(b"of a format that nobody knows")
+    installed = engine.versions[engine.target.backend]
+    message = f"compiled with {engine.target.backend} 0.0.1, and {re.escape(installed)} is installed"
+    with pytest.raises(BackendError, match=message) as caught:
+        other.open()
+    assert caught.value.hint == f"compile it again, or install {engine.target.backend} 0.0.1"
+    with pytest.raises(BackendError) as caught:
+        engine.open()
+    assert "0.0.1" not in str(caught.value)
 
 
 def test_the_record_on_disk_is_the_engine(builder, tmp_path):

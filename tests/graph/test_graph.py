@@ -54,6 +54,23 @@ class TestReading:
         model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "?? what"
         assert as_exported(model).signature.outputs[0].shape == (None, None)
 
+    def test_sizes_of_inputs_without_a_name_get_one(self, model):
+        sizes = model.graph.input[0].type.tensor_type.shape.dim
+        sizes[0].dim_param = "batch size"
+        sizes[1].dim_value = -1
+        model.graph.input[0].name = model.graph.node[0].input[0] = "images/x:0"
+        signature = as_exported(model).signature
+        assert signature.inputs[0].shape == ("images_x_0_0", "images_x_0_1")
+        assert signature.dims == {"images_x_0_0": DimRange(), "images_x_0_1": DimRange()}
+
+    def test_nodes_in_no_order_are_sorted_and_onnxs_own_domain_has_one_name(self, model):
+        model.opset_import[0].domain = "ai.onnx"
+        model.graph.node[0].output[0] = "inside"
+        model.graph.node.insert(0, helper.make_node("Neg", ["inside"], ["y"]))
+        read = as_exported(model).model
+        assert [node.op_type for node in read.graph][-1] == "Neg"
+        assert dict(read.opset_imports) == {"": model.opset_import[0].version}
+
     def test_an_initializer_among_the_inputs_is_no_input(self, model):
         model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 4]))
         assert as_exported(model).signature.input_names == ("x",)

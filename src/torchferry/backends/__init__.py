@@ -11,6 +11,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torchferry.backends.trial_run import run_once
 from torchferry.core.engine import RECORD_FILE, Backend, Engine, check_capable, platform_versions
 from torchferry.core.errors import MissingBackendError, UnsupportedError, did_you_mean
 from torchferry.core.files import new_folder
@@ -29,6 +30,9 @@ _TABLE = {
     "tensorrt-rtx": "torchferry.backends.tensorrt.rtx",
     "reference": "torchferry.backends.reference",
 }
+
+
+_REFERENCE = "reference"
 
 
 def names() -> tuple[str, ...]:
@@ -57,7 +61,7 @@ def running() -> tuple[str, ...]:
 
 
 def compile(graph: Any, target: Target, folder: str | PathLike[str], *, overwrite: bool = False) -> Engine:
-    """Compile a graph for an engine, and load the result once to see that the engine takes it, where it runs here.
+    """Compile a graph for an engine, and run the result once to see that the engine takes it, where it runs here.
 
     Args:
         graph: An ``Exported``, a path to an ONNX file, a ``ModelProto``, an ``ir.Model`` or an ``ONNXProgram``.
@@ -71,7 +75,7 @@ def compile(graph: Any, target: Target, folder: str | PathLike[str], *, overwrit
     Raises:
         MissingBackendError: If the engine is unknown or not installed.
         UnsupportedError: If it cannot do what the target asks.
-        BackendError: If it refuses the graph.
+        BackendError: If it refuses the graph, or takes it and fails to run it.
         OutputError: If the folder cannot be written.
     """
     from torchferry.graph import as_exported
@@ -85,7 +89,10 @@ def compile(graph: Any, target: Target, folder: str | PathLike[str], *, overwrit
         versions = {target.backend: backend.availability().version or "unknown", **platform_versions()}
         engine = Engine(partial, target, exported.signature, versions, files, adaptations)
         if backend.availability().can_run:
-            engine.open().close()
+            if backend.capabilities().proves:
+                engine.open().close()
+            else:
+                run_once(engine, exported, get(_REFERENCE))
         engine.save()
     return dataclasses.replace(engine, folder=Path(folder))
 

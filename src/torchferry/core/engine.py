@@ -59,6 +59,7 @@ class Capabilities:
         max_opset: The newest opset of the default ONNX domain that it reads.
         dynamic_shapes: True if one compiled engine runs at many sizes.
         general: False if it takes some graphs only, so that nothing is run on it unless somebody named it.
+        proves: True if ``compile`` has run what it wrote, or wrote the graph itself.
         devices: The names that ``Target.device`` may have besides the default, or how they begin.
         options: The names that ``Target.options`` may have.
         fast: False if it is there to check others by, so that no search for the fastest tries it.
@@ -68,6 +69,7 @@ class Capabilities:
     max_opset: int
     dynamic_shapes: bool
     general: bool = True
+    proves: bool = False
     devices: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     fast: bool = True
@@ -129,6 +131,10 @@ class Graph(Protocol):
 
     def save(self, path: Path) -> None:
         """Write the ONNX file, with external data beside it where it is large."""
+        ...
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some of these changed."""
         ...
 
 
@@ -273,12 +279,24 @@ class Engine:
         Raises:
             MissingBackendError: If the engine is not installed here.
             UnsupportedError: If it is, and does not do here what it was compiled for.
-            BackendError: If it cannot load the files.
+            BackendError: If it cannot load the files; says so if another version of the engine wrote them.
         """
         backend = get_backend(self.target.backend)
         if (self.target.precision, self.target.device) != ("fp32", Target.device) and backend.availability().ok:
             check_capable(self.target, backend.capabilities())  # what every engine does needs no asking
-        return backend.open(self, **options)
+        try:
+            return backend.open(self, **options)
+        except BackendError as exc:
+            name, installed = self.target.backend, backend.availability().version
+            recorded = self.versions.get(name, installed)
+            # A subclass says what is missing here, whatever the version.
+            if type(exc) is not BackendError or recorded == installed:
+                raise
+            raise BackendError(
+                f"{exc.message}; it was compiled with {name} {recorded}, and {installed} is installed",
+                where=exc.where,
+                hint=f"compile it again, or install {name} {recorded}",
+            ) from exc
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +36,11 @@ def as_exported(graph: Any, target: Target | None = None) -> Exported:
         return graph
     target = target or Target()
     if isinstance(graph, str | os.PathLike):
-        model = _load(Path(graph))
+        model = _tidied(_load(Path(graph)))
     elif isinstance(graph, ir.Model):
         model = graph
     elif isinstance(graph, onnx.ModelProto):
-        model = ir.from_proto(graph)
+        model = _tidied(ir.from_proto(graph))
     elif isinstance(getattr(graph, "model", None), ir.Model):
         model = graph.model
     else:
@@ -48,6 +49,21 @@ def as_exported(graph: Any, target: Target | None = None) -> Exported:
             hint="give an Exported, a path to an .onnx file, a ModelProto, an ir.Model or an ONNXProgram",
         )
     return Exported(model, signature_of(model), target)
+
+
+def _tidied(model: ir.Model) -> ir.Model:
+    """Call ONNX's own domain by one of its two names, and sort nodes that stand before what they need."""
+    imports = model.graph.opset_imports
+    if "ai.onnx" in imports:
+        imports.setdefault("", imports.pop("ai.onnx"))
+    seen: set[ir.Node] = set()
+    for node in model.graph:
+        seen.add(node)
+        makers = (value.producer() for value in node.inputs if value is not None)
+        if any(maker is not None and maker not in seen for maker in makers):
+            model.graph.sort()
+            break
+    return model
 
 
 def _load(path: Path) -> ir.Model:
@@ -122,19 +138,42 @@ def signature_of(model: ir.Model) -> Signature:
     inputs = tuple(tensor_spec(v) for v in model.graph.inputs if v.name not in initializers)
     outputs = tuple(tensor_spec(v) for v in model.graph.outputs)
     names = {size for spec in inputs for size in spec.shape or () if isinstance(size, str) and size.isidentifier()}
+    known = tuple(_only_known(spec, names) for spec in inputs)
+    named = tuple(_with_names(spec, names) for spec in known)
     return Signature(
-        tuple(_only_known(spec, names) for spec in inputs),
-        tuple(_only_known(spec, names) for spec in outputs),
-        {name: DimRange() for name in sorted(names)},
+        named, tuple(_only_known(spec, names) for spec in outputs), {name: DimRange() for name in sorted(names)}
     )
+
+
+def _with_names(spec: TensorSpec, names: set[str]) -> TensorSpec:
+    """Name the sizes of an input that have no usable name, ``image_0`` for axis 0, so that a user can say their range.
+
+    Args:
+        spec: The input.
+        names: Those in use; new ones are added.
+    """
+    if spec.shape is None:
+        return spec
+    shape = list(spec.shape)
+    for axis, size in enumerate(shape):
+        if size is None:
+            name = re.sub(r"\W", "_", f"{spec.name}_{axis}")
+            name = name if name.isidentifier() else f"_{name}"
+            while name in names:
+                name += "_"
+            names.add(name)
+            shape[axis] = name
+    return TensorSpec(spec.name, spec.dtype, tuple(shape))
 
 
 def tensor_spec(value: ir.Value) -> TensorSpec:
     """Describe an input or output of a graph."""
     shape = None
     if value.shape is not None:
-        shape = tuple(size if isinstance(size, int) else size.value for size in value.shape)
-    dtype = value.dtype.numpy().name if value.dtype is not None else "float32"
+        # Some exporters write -1 for a size that is free.
+        sizes = (size if isinstance(size, int) else size.value for size in value.shape)
+        shape = tuple(None if isinstance(size, int) and size < 0 else size for size in sizes)
+    dtype = value.dtype.numpy().name if value.dtype not in (None, ir.DataType.UNDEFINED) else "float32"
     return TensorSpec(value.name or "", dtype, shape)
 
 

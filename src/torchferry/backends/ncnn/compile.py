@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
     from torchferry.core.signature import Signature
 
-PASSES = ("inline-functions", "remove-identities", "name-tensors")
+PASSES = (
+    "raise-opset",
+    "inline-functions",
+    "compose-deform-conv",
+    "fold-constants",
+    "remove-identities",
+    "name-tensors",
+)
 MAX_OPSET = 23
 
 
@@ -42,7 +49,7 @@ class Ncnn:
 
     def capabilities(self) -> Capabilities:
         """Tell what ncnn does on a CPU."""
-        return Capabilities(("fp32", "bf16"), max_opset=MAX_OPSET, dynamic_shapes=True, general=False)
+        return Capabilities(("fp32", "bf16"), max_opset=MAX_OPSET, dynamic_shapes=True, general=False, proves=True)
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> tuple[str, ...]:
         """Convert the graph with pnnx and prove the result at up to three sets of sizes.
@@ -66,14 +73,14 @@ class Ncnn:
             )
         check_tensors(graph.signature)
         model, adaptations = adapt(graph.model, PASSES)
-        check_operators(model)
+        check_operators(model, graph.model)
         ir.external_data.load_to_model(model)
         signature = drop_idle_inputs(model, graph.signature)
         _check_outputs(model, signature)
         cases = make_cases(model, signature)
         sizes = [case.sizes for case in cases[:2]]
         with tempfile.TemporaryDirectory(prefix="torchferry-") as scratch:
-            convert(model, signature, sizes, Path(scratch), folder).save(folder / RECORD_FILE)
+            convert(model, graph.model, signature, sizes, Path(scratch), folder).save(folder / RECORD_FILE)
             prove(cases, signature, folder, Path(scratch))
         return adaptations
 
@@ -100,9 +107,9 @@ def _check_outputs(model: ir.Model, signature: Signature) -> None:
     Raises:
         UnsupportedError: If one is an input or a constant.
     """
-    for value, spec in zip(model.graph.outputs, signature.outputs, strict=True):
+    for place, (value, spec) in enumerate(zip(model.graph.outputs, signature.outputs, strict=True)):
         node = value.producer()
-        if node is None or node.op_type in ("Identity", "Constant"):
+        if node is None or node.op_type in ("Identity", "Constant") or value in model.graph.outputs[:place]:
             raise UnsupportedError(
                 f"ncnn computes all that it gives; the output '{spec.name}' is an input, a constant or another output",
                 hint="leave it out of the model's outputs",

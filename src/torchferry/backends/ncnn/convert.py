@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchferry.backends.ncnn.operators import MOST_AXES, first_with_many_axes, nodes_like, refusal
+from torchferry.backends.ncnn.operators import MOST_AXES, first_with_many_axes, nodes_like
 from torchferry.backends.ncnn.session import PARAM_FILE, WEIGHTS_FILE, Blob, Record, ncnn
+from torchferry.backends.refusing import refusal
 from torchferry.core.errors import BackendError
 from torchferry.core.files import sha256
 
@@ -36,12 +37,18 @@ def program() -> Path | None:
 
 
 def convert(
-    model: ir.Model, signature: Signature, sizes: Sequence[dict[str, int]], scratch: Path, folder: Path
+    model: ir.Model,
+    whole: ir.Model,
+    signature: Signature,
+    sizes: Sequence[dict[str, int]],
+    scratch: Path,
+    folder: Path,
 ) -> Record:
     """Convert a graph and move ncnn's files into a folder.
 
     Args:
         model: The graph, without local functions; its inputs and outputs are those of the signature, in order.
+        whole: The user's own, of which it was made.
         signature: Their names and shapes.
         sizes: Of the named dimensions; two sets of them, where there are any.
         scratch: An empty folder for what pnnx writes.
@@ -64,9 +71,9 @@ def convert(
     if done.returncode != 0:
         reason = "it crashes" if done.returncode < 0 else f"it ends with status {done.returncode}"
         raise BackendError(f"pnnx cannot convert the graph for ncnn: {reason}", hint=_hint(signature))
-    _check_log(model, done.stderr + done.stdout)
+    _check_log(model, whole, done.stderr + done.stdout)
     param = scratch / f"{_STEM}.ncnn.param"
-    _check_layers(model, param.read_text())
+    _check_layers(model, whole, param.read_text())
     record = _record(signature, (scratch / f"{_STEM}_ncnn.py").read_text(), param.read_text())
     param.rename(folder / PARAM_FILE)
     (scratch / f"{_STEM}.ncnn.bin").rename(folder / WEIGHTS_FILE)
@@ -84,7 +91,7 @@ def _hint(signature: Signature) -> str:
     return "leave the part that it cannot take out with `torchferry partition`, or use another backend"
 
 
-def _check_log(model: ir.Model, log: str) -> None:
+def _check_log(model: ir.Model, whole: ir.Model, log: str) -> None:
     """Refuse what pnnx leaves out, for it writes a file all the same.
 
     Raises:
@@ -94,28 +101,29 @@ def _check_log(model: ir.Model, log: str) -> None:
     for line in said.splitlines():
         complaint = _COMPLAINT.match(line.strip())
         if complaint:
-            raise _refused(model, complaint[1] or line.partition(":")[0].split(" ")[0], f"pnnx says '{line.strip()}'")
+            layer = complaint[1] or line.partition(":")[0].split(" ")[0]
+            raise _refused(model, whole, layer, f"pnnx says '{line.strip()}'")
 
 
-def _check_layers(model: ir.Model, param: str) -> None:
+def _check_layers(model: ir.Model, whole: ir.Model, param: str) -> None:
     """Refuse a file with layers that ncnn does not have."""
     for line in param.splitlines()[2:]:
         layer = line.split(maxsplit=1)[0]
         if ncnn().layer_to_index(layer) < 0:
-            raise _refused(model, layer, f"it becomes '{layer}', which is no layer of ncnn's")
+            raise _refused(model, whole, layer, f"it becomes '{layer}', which is no layer of ncnn's")
 
 
-def _refused(model: ir.Model, layer: str, reason: str) -> BackendError:
-    hint = "rewrite it in other operators, leave it out with `torchferry partition`, or use another backend"
+def _refused(model: ir.Model, whole: ir.Model, layer: str, reason: str) -> BackendError:
     nodes, wide = nodes_like(model, layer), first_with_many_axes(model)
     if wide is not None and (not nodes or "rank" in reason):
         axes = max(len(value.shape or ()) for value in wide.outputs)
-        many = f"it has {MOST_AXES} axes at most beside the batch, and this {wide.op_type} makes {axes}"
-        return refusal(wide, f"ncnn does not take the graph: {reason}; {many}", hint)
+        many = f"{reason}; it has {MOST_AXES} axes at most beside the batch, and this {wide.op_type} makes {axes}"
+        return refusal("ncnn does not take", [wide], model, whole, reason=many)
     if not nodes:
+        hint = "leave it out with `torchferry partition`, or use another backend"
         return BackendError(f"ncnn does not take the graph: {reason}", hint=hint)
-    which = f"this {nodes[0].op_type}" if len(nodes) == 1 else f"one of {len(nodes)} {nodes[0].op_type}, such as this"
-    return refusal(nodes[0], f"ncnn does not take {which}: {reason}", hint)
+    said = "ncnn does not take" if len(nodes) == 1 else "ncnn does not take all of"
+    return refusal(said, nodes, model, whole, reason=reason)
 
 
 def _record(signature: Signature, code: str, param: str) -> tuple[tuple[Blob, ...], tuple[Blob, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torchferry.backends.refusing import refusal
 from torchferry.core.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -25,20 +26,21 @@ OPERATORS = frozenset((
     "Sqrt", "Squeeze", "Sub", "Sum", "Tan", "Tanh", "Transpose", "Unsqueeze",
 ))  # fmt: skip
 MOST_AXES = 4  # besides the batch
-_WAYS_OUT = "rewrite it in other operators, leave it out with `torchferry partition`, or use another backend"
 
 
-def check_operators(model: ir.Model) -> None:
+def check_operators(model: ir.Model, whole: ir.Model) -> None:
     """Check that ncnn has every operator of a graph without local functions.
 
+    Args:
+        model: The graph.
+        whole: The user's own, of which it was made.
+
     Raises:
-        UnsupportedError: If it lacks one; names the first node, its module and line, and the other operators.
+        UnsupportedError: If it lacks some; names all, with modules and lines.
     """
     lacking = [node for graph in model.graphs() for node in graph if node.domain or node.op_type not in OPERATORS]
     if lacking:
-        others = sorted({_name(node) for node in lacking} - {_name(lacking[0])})
-        also = f" (nor {', '.join(others)})" if others else ""
-        raise refusal(lacking[0], f"ncnn has no operator {_name(lacking[0])}{also}", hint=_WAYS_OUT)
+        raise refusal("ncnn has no operator", lacking, model, whole)
 
 
 def check_tensors(signature: Signature) -> None:
@@ -54,21 +56,11 @@ def check_tensors(signature: Signature) -> None:
                 hint="convert it inside the model, or use another backend",
             )
     for spec in signature.inputs:
-        if not spec.shape or None in spec.shape:
+        if not spec.shape or None in spec.shape or 0 in spec.shape:
             raise UnsupportedError(
-                f"ncnn wants inputs of one axis at least, each fixed or with a name, got {spec}",
+                f"ncnn wants inputs of one axis at least, each fixed or with a name, and none empty, got {spec}",
                 hint="name its axes, or use another backend",
             )
-
-
-def refusal(node: ir.Node, message: str, hint: str) -> UnsupportedError:
-    """Word what is wrong with a node, with its name, module path and line."""
-    from torchferry.graph.provenance import provenance
-
-    known = provenance(node)
-    module = f" in module '{known.module}'" if known.module else ""
-    label = f" ('{node.name}'{module})" if node.name else module
-    return UnsupportedError(message + label, where=known.source or None, hint=hint)
 
 
 def nodes_like(model: ir.Model, layer: str) -> list[ir.Node]:
@@ -88,7 +80,3 @@ def first_with_many_axes(model: ir.Model) -> ir.Node | None:
         ),
         None,
     )
-
-
-def _name(node: ir.Node) -> str:
-    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchferry.core.errors import BackendError, InputError
+from torchferry.backends.trial_run import sizes_to_try
+from torchferry.core.errors import BackendError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,58 +19,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from torchferry.core.engine import Array
-    from torchferry.core.signature import DimRange, Signature
+    from torchferry.core.signature import Signature
 
-CASES = 3
 _TOLERANCE = 1e-3  # of the largest number of an output; what is wrong in kind is off by far more
-_FIRST = (2, 3, 1, 5)  # sizes of a dimension that some input has as its first axis, as a rule the batch
-_LATER = (32, 48, 40, 24, 64)  # of other dimensions, as a rule a picture's sides; onnx's evaluator is slow
-_LARGER = 7  # how much larger they are where the graph fails at these
-_ATTEMPTS = 20
+_LARGER = 7  # how much larger pictures' sides are where the graph fails at the usual ones
 _HINT = "export it with fixed sizes, leave the operator out with `torchferry partition`, or use another backend"
-
-
-def sizes_to_try(signature: Signature, scale: int = 1) -> list[dict[str, int]]:
-    """Choose sizes that the signature allows, all of them different where that can be.
-
-    Args:
-        signature: Ranges and conditions.
-        scale: How much larger than usual the sizes of dimensions that are no input's first axis are.
-
-    Returns:
-        Up to ``CASES`` sets of sizes; one empty set where no size is free.
-
-    Raises:
-        BackendError: If none was found that fits all conditions.
-    """
-    first = {spec.shape[0] for spec in signature.inputs if spec.shape}
-    chosen: list[dict[str, int]] = []
-    for attempt in range(_ATTEMPTS):
-        apart = attempt < _ATTEMPTS // 2  # different sizes first, then all alike, for models that want that
-        sizes = {}
-        for place, (name, allowed) in enumerate(signature.dims.items()):
-            values = _FIRST if name in first else [size * scale for size in _LATER]
-            sizes[name] = _nearest(values[(attempt + place * apart) % len(values)], allowed)
-        try:
-            signature.check_sizes(sizes)
-        except InputError:
-            continue
-        if sizes not in chosen:
-            chosen.append(sizes)
-        if len(chosen) == CASES:
-            break
-    if not chosen:
-        raise BackendError("no sizes were found to try the graph at in ncnn", hint="export it with fixed sizes")
-    return chosen
-
-
-def _nearest(size: int, allowed: DimRange) -> int:
-    size = max(size, allowed.min, 1)
-    if allowed.max is not None:
-        size = min(size, allowed.max)
-    while size in allowed.excluded:
-        size += 1
-    return size
 
 
 @dataclass(frozen=True)

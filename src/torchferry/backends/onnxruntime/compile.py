@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from torchferry.backends.onnxruntime.session import OnnxRuntimeSession, onnxruntime, session_options, translated
+from torchferry.backends.refusing import kernel_or_symbolic, refusal, unknown_nodes
 from torchferry.core.engine import Availability, Capabilities, Engine, Graph, Session
 
 if TYPE_CHECKING:
@@ -52,8 +54,13 @@ class OnnxRuntime:
 
         Only the optimisations that hold on every CPU are saved; those that depend on the machine (memory layouts) are
         done when it is opened, so that the folder can be carried to another machine.
+
+        Raises:
+            UnsupportedError: If ONNX Runtime lacks operators; names all, with modules and lines.
+            BackendError: If it refuses the graph otherwise.
         """
         ort = onnxruntime()
+        _check_operators(graph.model)
         source = folder / "exported.onnx"
         graph.save(source)
         options = session_options(threads=None, spinning=False)
@@ -91,6 +98,19 @@ class OnnxRuntime:
         """
         options = session_options(threads, spinning)
         return OnnxRuntimeSession(engine.signature, engine.path(MODEL_FILE), options, profile=profile)
+
+
+def _check_operators(model: ir.Model) -> None:
+    """Check that ONNX Runtime knows every operator, of which it would itself name the first alone.
+
+    Raises:
+        UnsupportedError: If it does not.
+    """
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    schemas = {(schema.domain, schema.name) for schema in state.get_all_operator_schema()}
+    lacking = unknown_nodes(model, schemas)
+    if lacking:
+        raise refusal("ONNX Runtime has no operator", lacking, model, model, first_way=kernel_or_symbolic(lacking))
 
 
 def with_weights_as_inputs(model: ir.Model) -> tuple[bytes, dict[str, Array]]:

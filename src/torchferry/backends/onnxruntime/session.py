@@ -91,13 +91,14 @@ def _hint(message: str) -> str | None:
 
 def _shortened(message: str) -> str:
     """Keep the operator, the node and the reason; leave out status codes and places in ONNX Runtime's own source."""
-    message = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", message.strip())
+    message = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from \S+ (failed: ?)?)?", "", message.strip())
     message = re.sub(
         r"Non-zero status code returned while running (\w+) node. Name:'([^']*)' Status Message:",
         r"\1 node '\2':",
         message,
     )
-    return re.sub(r"\S*/onnxruntime_src/\S+ ", "", message).split("\n", 1)[0].strip()
+    message = re.sub(r"\S*/onnxruntime_src/\S+ |\b\w+\.(h|cc):\d+ (operator\(\)|\w+) ", "", message)
+    return message.split("\n", 1)[0].strip()
 
 
 class OnnxRuntimeSession(Session):

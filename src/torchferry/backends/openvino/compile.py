@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchferry.backends.openvino.kernels import KernelOperators, kernel_nodes, with_shapes
-from torchferry.backends.openvino.library import core, limits, openvino, translated
+from torchferry.backends.openvino.library import core, limits, missing_operators, openvino, translated
 from torchferry.backends.openvino.session import PRECISIONS, OpenVinoSession, properties, read_onnx
+from torchferry.backends.refusing import kernel_or_symbolic, operator_name, refusal
 from torchferry.core.engine import Availability, Capabilities, Engine, Graph, Session
 from torchferry.core.errors import BackendError
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torchferry.core.target import Target
 
 
+PASSES = ("inline-functions",)
 MODEL_FILE = "model.xml"
 ONNX_FILE = "model.onnx"  # in place of it, where the graph has kernels in Python
 WEIGHTS_FILE = "model.bin"  # beside the model and of its name, as OpenVINO wants it; absent where there are none
@@ -68,9 +70,10 @@ class OpenVino:
         precision is chosen then as well.
         """
         source = folder / ONNX_FILE
-        model = _converted(graph, source, KernelOperators())
-        adaptations = ("inline-functions",) if graph.model.functions else ()
-        if kernel_nodes(graph.model):  # what they are in Python is not saved in OpenVINO's format
+        adapted, done = _adapted(graph)
+        model = _converted(adapted, graph.model, source, KernelOperators())
+        adaptations = (*done, *_of_openvino(adapted), f"precision-hint {PRECISIONS[target.precision]}")
+        if kernel_nodes(adapted.model):  # what they are in Python is not saved in OpenVINO's format
             return adaptations
         with translated("save the graph"):
             openvino().save_model(model, str(folder / MODEL_FILE), compress_to_fp16=False)
@@ -83,7 +86,7 @@ class OpenVino:
     def trial(self, graph: Graph, folder: Path) -> Session:
         """Load the graph in fp32, with one thread."""
         operators = KernelOperators()
-        model = _converted(graph, folder / ONNX_FILE, operators)
+        model = _converted(_adapted(graph)[0], graph.model, folder / ONNX_FILE, operators)
         return OpenVinoSession(graph.signature, model, properties("fp32", threads=1), operators)
 
     def open(self, engine: Engine, *, threads: int | None = None, profile: bool = False) -> Session:
@@ -100,27 +103,44 @@ class OpenVino:
         return OpenVinoSession(engine.signature, model, properties(engine.target.precision, threads, profile=profile))
 
 
-def _converted(graph: Graph, path: Path, operators: KernelOperators) -> Any:
+def _adapted(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
+    """Return the graph as OpenVINO wants it, which does not look into local functions, and what was done."""
+    from torchferry.graph.passes import adapt
+
+    if not graph.model.functions:
+        return graph, ()
+    model, done = adapt(graph.model, PASSES)
+    return graph.replace(model=model), done
+
+
+def _of_openvino(graph: Graph) -> tuple[str, ...]:
+    """Return what is done to a graph while OpenVINO reads it."""
+    kinds = [(node.domain, node.op_type) for each in graph.model.graphs() for node in each]
+    doubles = sum(spec.dtype == "float64" for spec in (*graph.signature.inputs, *graph.signature.outputs))
+    counts = {"deform-conv-extension": kinds.count(("", "DeformConv")), "float64-as-float32": doubles}
+    return tuple(f"{name} x{count}" for name, count in counts.items() if count)
+
+
+def _converted(graph: Graph, whole: ir.Model, path: Path, operators: KernelOperators) -> Any:
     """Save a graph as ONNX and return what OpenVINO reads there; it may refer to the file's weights.
 
     Raises:
-        BackendError: If OpenVINO refuses the graph, or would change numbers in it.
+        UnsupportedError: If OpenVINO lacks operators; names all, with modules and lines.
+        BackendError: If it refuses the graph otherwise, or would change numbers in it.
     """
     _check(graph)
     with with_shapes(kernel_nodes(graph.model)):
         graph.save(path)
-    if graph.model.functions:
-        _inline_functions(path)
     with translated("compile the graph"):
-        return read_onnx(path, graph.signature, operators)
-
-
-def _inline_functions(path: Path) -> None:
-    """Put the bodies of local functions in place of their calls, since OpenVINO does not look into them."""
-    import onnx
-    from onnx.inliner import inline_local_functions
-
-    onnx.save(inline_local_functions(onnx.load(path, load_external_data=False)), path)
+        try:
+            return read_onnx(path, graph.signature, operators)
+        except Exception as exc:
+            names = missing_operators(str(exc))
+            nodes = [node for each in graph.model.graphs() for node in each if operator_name(node) in names]
+            if not nodes:
+                raise
+            way = kernel_or_symbolic(nodes)
+            raise refusal("OpenVINO has no operator", nodes, graph.model, whole, first_way=way) from exc
 
 
 def _check(graph: Graph) -> None:

@@ -72,15 +72,21 @@ def _reason(message: str) -> tuple[str, str | None]:
     ours = re.search(r"BackendError: (.+?)\n\nAt:\n", message, re.DOTALL)
     if ours:
         return ours[1], None
-    missing = re.search(r"No conversion rule found for operations: (.+)", message)
-    if not missing:
+    names = missing_operators(message)
+    if not names:
         return _shortened(message), None
-    names = ["::".join(name.rsplit(".", 1)) for name in missing[1].strip().split(", ")]
     reason = f"it has no operator {', '.join(names)}"
     own = next((name for name in names if "::" in name), None)
     if own:
         return reason, f"import the module that gives '{own}' a kernel, or write its symbolic in operators of ONNX"
     return reason, "write its symbolic in operators of ONNX, or use another backend"
+
+
+def missing_operators(message: str) -> list[str]:
+    """Return the operators that OpenVINO says it lacks, as ``Name`` or ``domain::Name``; none if it says otherwise."""
+    missing = re.search(r"No conversion rule found for operations: (.+)", message)
+    names = missing[1].strip().split(", ") if missing else []
+    return ["::".join(name.rsplit(".", 1)) if "." in name else name.rpartition("-")[0] for name in names]
 
 
 def _shortened(message: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from torchferry.backends.openvino.deform_conv import add_deform_conv
 from torchferry.backends.openvino.kernels import KernelOperators
 from torchferry.backends.openvino.library import COMPUTED_IN, core, limits, openvino, translated
 from torchferry.core.engine import Session, layer_times
@@ -113,6 +114,7 @@ def read_onnx(path: Path, signature: Signature, operators: KernelOperators) -> A
     """
     reader = core()
     operators.add_to(reader)
+    add_deform_conv(reader)
     # From a file, not from memory: there it leaves out inputs without effect. The order is all that tells inputs
     # apart, for names merge or vanish where an operator does nothing.
     model = reader.read_model(str(path))

@@ -7,6 +7,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from torchferry.backends.reference.session import ReferenceSession, evaluator
+from torchferry.backends.refusing import kernel_or_symbolic, refusal, unknown_nodes
 from torchferry.core.engine import Availability, Capabilities, Engine, Graph, Session
 from torchferry.core.errors import UnsupportedError
 
@@ -22,6 +23,15 @@ MODEL_FILE = "model.onnx"
 def _has_half(model: Any) -> bool:
     values = (value for graph in model.graphs() for node in graph for value in (*node.inputs, *node.outputs))
     return any(value is not None and value.dtype is not None and value.dtype.name == "FLOAT16" for value in values)
+
+
+def _check_operators(model: Any) -> None:
+    import onnx
+
+    lacking = unknown_nodes(model, {(schema.domain, schema.name) for schema in onnx.defs.get_all_schemas()})
+    if lacking:
+        said = "onnx's evaluator has no operator"
+        raise refusal(said, lacking, model, model, first_way=kernel_or_symbolic(lacking))
 
 
 class Reference:
@@ -44,14 +54,16 @@ class Reference:
         import onnx
 
         newest = onnx.defs.onnx_opset_version()
-        return Capabilities(precisions=("fp32", "fp16"), max_opset=newest, dynamic_shapes=True, fast=False)
+        return Capabilities(("fp32", "fp16"), max_opset=newest, dynamic_shapes=True, proves=True, fast=False)
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> tuple[str, ...]:
         """Save the graph as it is.
 
         Raises:
-            UnsupportedError: If FP16 is asked for and the graph has no FP16 tensor: the evaluator goes by their types.
+            UnsupportedError: If an operator is none of ONNX's, or FP16 is asked for and the graph has no FP16 tensor:
+                the evaluator goes by their types.
         """
+        _check_operators(graph.model)
         if target.precision == "fp16" and not _has_half(graph.model):
             raise UnsupportedError(
                 "the graph computes in FP32: no tensor of it is FLOAT16", hint="make an FP16 graph with ferry.fp16.fix"

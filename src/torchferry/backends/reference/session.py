@@ -58,6 +58,7 @@ class ReferenceSession(Session):
         return [np.asarray(output) for output in outputs]
 
     def _release(self) -> None:
+        vars(self._evaluator).clear()  # it refers to itself, and would keep the weights until Python looks for such
         self._evaluator = None
 
 

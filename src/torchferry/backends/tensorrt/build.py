@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from torchferry.backends.refusing import refusal
 from torchferry.core.errors import BackendError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
     from torchferry.backends.tensorrt.library import Flavour
     from torchferry.core.signature import Signature
 
-_WAYS_OUT = "rewrite it in other operators, leave it out with `torchferry partition`, or use another backend"
 _NO_FP32_PRODUCTS = ("SM75",)  # Turing multiplies matrices in fp16 alone
 _PSEUDO = ("NONE", "CURRENT")
 
 
 def build(
     model: ir.Model,
+    whole: ir.Model,
     signature: Signature,
     flavour: Flavour,
     capabilities: tuple[str, ...],
@@ -32,6 +33,7 @@ def build(
 
     Args:
         model: The graph that is in the file, for finding nodes.
+        whole: The user's own, of which it was made.
         signature: Of the graph, whose inputs are the signature's, in order.
         flavour: Which TensorRT.
         capabilities: For which GPUs, such as ``SM86``; empty for the one at hand.
@@ -54,7 +56,7 @@ def build(
         network = builder.create_network(0 if typed is None else 1 << int(typed))
         parser = library.OnnxParser(network, logger)
         if not parser.parse_from_file(str(onnx_file)):
-            raise _not_parsed(model, [parser.get_error(place) for place in range(parser.num_errors)], errors)
+            raise _not_parsed(model, whole, [parser.get_error(place) for place in range(parser.num_errors)], errors)
         config = builder.create_builder_config()
         config.clear_flag(library.BuilderFlag.TF32)  # which would round the fp32 that was asked for to ten bits
         if workspace:
@@ -73,7 +75,7 @@ def build(
                     f"TensorRT cannot build the graph within its workspace limit of {workspace} bytes",
                     hint="give it a larger max_workspace_size, or 0 for its own limit",
                 )
-            raise _not_built(model, errors)
+            raise _not_built(model, whole, errors)
         return bytes(engine)
 
 
@@ -133,22 +135,30 @@ def _check_values(network: Any, signature: Signature) -> None:
     """
     for place, spec in enumerate(signature.inputs):
         if network.get_input(place).is_shape_tensor:
-            raise UnsupportedError(
-                f"TensorRT wants ranges for the values of '{spec.name}', since sizes depend on them",
-                hint="make it a constant of the model, or use another backend",
-            )
+            raise _values_refused(spec.name)
 
 
-def _not_parsed(model: ir.Model, parse_errors: list[Any], logged: list[str]) -> BackendError:
+def _values_refused(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"TensorRT wants ranges for the values of '{name}', since sizes depend on them",
+        hint="make it a constant of the model, or use another backend",
+    )
+
+
+def _not_parsed(model: ir.Model, whole: ir.Model, parse_errors: list[Any], logged: list[str]) -> BackendError:
     if not parse_errors:
         return BackendError(f"TensorRT cannot read the graph: {_shortened(' '.join(logged)) or 'it does not say why'}")
-    error = parse_errors[0]
-    node = _node_of(model, error)
-    reason = _shortened(error.desc())
-    said = f": {reason}" if re.search(r"\w \w", reason) else ", at least not in this form"
-    others = sorted({other.node_operator() for other in parse_errors} - {error.node_operator()})
-    also = f" (nor {', '.join(others)})" if others else ""
-    return refusal(node, f"TensorRT does not take the operator {error.node_operator()}{also}{said}", error.node_name())
+    from torchferry.graph.passes.name_tensors import given_name
+
+    reason = _shortened(parse_errors[0].desc())
+    sized = re.search(r"Network input (\S+) is a shape tensor", reason)
+    if sized:
+        return _values_refused(next(given_name(value) for value in model.graph.inputs if value.name == sized[1]))
+    reason = reason if re.search(r"\w \w", reason) else "at least not in this form"
+    nodes = [node for error in parse_errors if (node := _node_of(model, error)) is not None]
+    if not nodes:
+        return UnsupportedError(f"TensorRT does not take {parse_errors[0].node_operator() or 'the graph'}: {reason}")
+    return refusal("TensorRT does not take", list(dict.fromkeys(nodes)), model, whole, reason=reason)
 
 
 def _node_of(model: ir.Model, error: Any) -> ir.Node | None:
@@ -163,22 +173,14 @@ def _node_named(model: ir.Model, name: str) -> ir.Node | None:
     return next((node for graph in model.graphs() for node in graph if name and node.name == name), None)
 
 
-def _not_built(model: ir.Model, logged: list[str]) -> BackendError:
+def _not_built(model: ir.Model, whole: ir.Model, logged: list[str]) -> BackendError:
     text = " ".join(logged)
     named = (_node_named(model, name) for name in re.findall(r"['\"\[]([^'\"\[\]]+)['\"\]]", text))
     node = next((node for node in named if node is not None), None)
-    return refusal(node, f"TensorRT cannot build the graph: {_shortened(text) or 'it does not say why'}", "")
-
-
-def refusal(node: ir.Node | None, message: str, name: str) -> UnsupportedError:
-    """Word what is wrong with a node, with its name, module path and line."""
-    from torchferry.graph.provenance import Provenance, provenance
-
-    known = provenance(node) if node is not None else Provenance()
-    name = (node.name if node is not None else name) or ""
-    inside = f" in module '{known.module}'" if known.module else ""
-    label = f" ('{name}'{inside})" if name else inside
-    return UnsupportedError(message + label, where=known.source or None, hint=_WAYS_OUT)
+    reason = _shortened(text) or "it does not say why"
+    if node is None:
+        return UnsupportedError(f"TensorRT cannot build the graph: {reason}", hint="use another backend")
+    return refusal("TensorRT cannot build", [node], model, whole, reason=reason)
 
 
 def _shortened(text: str) -> str:

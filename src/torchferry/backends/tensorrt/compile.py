@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchferry.backends.tensorrt.build import build, known_capabilities
+from torchferry.backends.tensorrt.build import build, known_capabilities, shape_ranges
 from torchferry.backends.tensorrt.cuda import why_no_gpu
 from torchferry.backends.tensorrt.session import TensorRtSession
 from torchferry.backends.tensorrt.types import check_precision, check_types
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ENGINE_FILE = "model.engine"
 NAMES_FILE = "model.json"
-PASSES = ("inline-functions", "name-tensors")
+PASSES = ("inline-functions", "compose-deform-conv", "trim-inputs", "name-tensors")
 MAX_OPSET = 24
 DEVICE = "cuda"
 WORKSPACE = "max_workspace_size"
@@ -92,13 +92,14 @@ class TensorRt:
             ir.external_data.load_to_model(model)
             ir.save(model, source, external_data="model.data" if weights > _LARGE else None)
             workspace = target.options.get(WORKSPACE, 0)
-            (folder / ENGINE_FILE).write_bytes(build(model, signature, self.flavour, gpus, source, workspace))
+            engine = build(model, graph.model, signature, self.flavour, gpus, source, workspace)
+            (folder / ENGINE_FILE).write_bytes(engine)
         names = {
             "inputs": dict(zip(signature.input_names, (value.name for value in model.graph.inputs), strict=True)),
             "outputs": dict(zip(signature.output_names, (value.name for value in model.graph.outputs), strict=True)),
         }
         (folder / NAMES_FILE).write_text(json.dumps(names, indent=2))
-        return adaptations
+        return (*adaptations, *(["optimization-profile x1"] if shape_ranges(signature) else []))
 
     def _gpus(self, target: Target) -> tuple[str, ...]:
         """Return the GPUs to build for; empty for the one at hand.

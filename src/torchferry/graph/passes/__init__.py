@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torchferry.graph.passes import inline_functions, name_tensors, remove_identities
+from torchferry.graph.passes import (
+    compose_deform_conv,
+    fold_constants,
+    inline_functions,
+    name_tensors,
+    raise_opset,
+    remove_identities,
+    trim_inputs,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,9 +25,13 @@ if TYPE_CHECKING:
 __all__ = ["PASSES", "adapt"]
 
 PASSES = {
+    "compose-deform-conv": compose_deform_conv.apply,
+    "fold-constants": fold_constants.apply,
     "inline-functions": inline_functions.apply,
     "name-tensors": name_tensors.apply,
+    "raise-opset": raise_opset.apply,
     "remove-identities": remove_identities.apply,
+    "trim-inputs": trim_inputs.apply,
 }
 
 

@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+_GIVEN_KEY = "torchferry.name"
+
+
 def apply(model: ir.Model) -> int:
     """Call the inputs ``input0``, ``input1``, … and the outputs ``output0``, …, for engines that stumble over others.
 
@@ -27,6 +30,13 @@ def apply(model: ir.Model) -> int:
             name = f"{kind}{place}"
             while name in taken and name != value.name:
                 name += "_"
-            changed += value.name != name
-            value.name = name
+            if value.name != name:
+                value.metadata_props[_GIVEN_KEY] = value.name or ""
+                value.name = name
+                changed += 1
     return changed
+
+
+def given_name(value: ir.Value) -> str:
+    """Return what a tensor was called before it got a plain name."""
+    return value.metadata_props.get(_GIVEN_KEY, value.name or "")
