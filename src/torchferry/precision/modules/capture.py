@@ -20,6 +20,7 @@ from torchferry.graph import Exported
 from torchferry.graph.provenance import record_provenance
 from torchferry.graph.reading import signature_of
 from torchferry.precision.modules.expansions import expand, numbers_as_floats
+from torchferry.rewrite import RewriterContext
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -97,8 +98,11 @@ def _freedoms(source: Source) -> list[tuple[Dynamic, Dynamic]]:
 def _translated(
     source: Source, call: Call, dynamic_shapes: Any, expanded: Collection[Any]
 ) -> tuple[ir.Model, torch.export.ExportedProgram]:
+    import torchferry.rewrite.rules  # noqa: F401 - registers the rules of our own
+
     args, kwargs = call
     with (
+        RewriterContext(ir="onnx", target=Target()),  # of functions, as in every export
         quiet(),
         torch.no_grad(),
         torch.backends.nnpack.flags(enabled=False),
