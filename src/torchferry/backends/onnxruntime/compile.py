@@ -61,8 +61,8 @@ class OnnxRuntime:
         done when it is opened, so that the folder can be carried to another machine.
 
         Raises:
-            UnsupportedError: If ONNX Runtime lacks operators; names all, with modules and lines. Also if it would compute
-                nothing of a quantised graph in int8.
+            UnsupportedError: If ONNX Runtime lacks operators; names all, with modules and lines. Also if it would
+                compute nothing of a quantised graph in int8.
             BackendError: If it refuses the graph otherwise.
         """
         ort = onnxruntime()
