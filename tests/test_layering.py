@@ -39,6 +39,7 @@ HEAVY = {
     "ncnn": {"backends"},
     "tensorrt": {"backends"},
     "tensorrt_rtx": {"backends"},
+    "nncf": {"precision"},
     "mmengine": {"codebases"},
     "mmcv": {"codebases"},
     "mmdet": {"codebases"},

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torchferry.pipeline.chain import Chain, compile_parts
     from torchferry.pipeline.deploy import deploy
     from torchferry.pipeline.export import export
+    from torchferry.precision.quantize import quantize
     from torchferry.rewrite import (
         FUNCTION_REWRITER,
         MODULE_REWRITER,
@@ -88,6 +89,7 @@ _HOMES = {
     "mark": "torchferry.exporter.marks",
     "mark_tensors": "torchferry.exporter.marks",
     "pack": "torchferry.package",
+    "quantize": "torchferry.precision.quantize",
     "read_samples": "torchferry.core.samples",
     "record_calibration": "torchferry.verification",
     "verify": "torchferry.verification",
@@ -132,6 +134,7 @@ __all__ = [
     "partition",
     "patch_model",
     "plan_partition",
+    "quantize",
     "read_samples",
     "record_calibration",
     "register_op",

@@ -16,7 +16,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from torchferry.backends import check_target, compile, get, names
-from torchferry.core.compare import TOLERANCES, Comparison, Tolerance, compare
+from torchferry.core.compare import TOLERANCES, Comparison, Tolerance, compare, usual_tolerance
 from torchferry.core.errors import (
     BackendError,
     ConfigError,
@@ -314,7 +314,7 @@ def _run(
 
 
 def _tolerance(target: Target, expected: Array, rtol: float | None, atol: float | None) -> Tolerance:
-    own = TOLERANCES[_PRECISIONS.get(expected.dtype.name, "fp32")], TOLERANCES[target.precision]
+    own = TOLERANCES[_PRECISIONS.get(expected.dtype.name, "fp32")], usual_tolerance(target.precision)
     return Tolerance(
         atol=max(t.atol for t in own) if atol is None else atol, rtol=max(t.rtol for t in own) if rtol is None else rtol
     )

@@ -92,6 +92,18 @@ def test_it_builds_static_and_dynamic_graphs(tmp_path, dtype, precision):
 
 
 @needs_rtx
+def test_it_builds_a_quantised_graph_that_is_symmetric(tmp_path):
+    data = [(torch.rand(2, 3, 8, 8),) for _ in range(4)]
+    whole, target = exported(dynamic=True), Target(RTX, "int8", device="cuda:sm86")
+    assert backends.get(RTX).capabilities().symmetric_int8
+    engine = ferry.compile(ferry.quantize(whole, data, symmetric=True), target, tmp_path / "engine")
+    assert (engine.folder / "model.engine").stat().st_size > 1000
+    with pytest.raises(UnsupportedError, match="with 0 for zero, and '.*' does not") as caught:
+        ferry.compile(ferry.quantize(whole, data), target, tmp_path / "other")
+    assert "symmetric=True" in caught.value.hint
+
+
+@needs_rtx
 def test_the_gpus_are_chosen_by_the_device(tmp_path):
     model = exported()
     small = ferry.compile(model, Target(RTX, device="cuda:sm86"), tmp_path / "one")

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from torchferry.package import load
 
@@ -264,3 +264,56 @@ def test_partition_of_what_is_not_there(ferry, foreign, place, tree):
     assert "summ" in ran.err
     assert "'sum'" in ran.err
     assert tree(place) == before
+
+
+class TestInt8:
+    """``compile --precision int8`` of a file that another tool made."""
+
+    @pytest.fixture
+    def product(self, place):
+        rng = np.random.default_rng(0)
+        graph = helper.make_graph(
+            [helper.make_node("MatMul", ["a", "w"], ["b"])],
+            "product",
+            [helper.make_tensor_value_info("a", TensorProto.FLOAT, ["rows", 16])],
+            [helper.make_tensor_value_info("b", TensorProto.FLOAT, ["rows", 8])],
+            [numpy_helper.from_array(rng.standard_normal((16, 8), np.float32), "w")],
+        )
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), "product.onnx")
+        np.savez(place / "data.npz", a=rng.standard_normal((32, 16), np.float32))
+        np.savez(place / "more.npz", a=rng.standard_normal((8, 16), np.float32))
+        return "product.onnx"
+
+    def test_it_is_quantised_on_the_data(self, ferry, place, product):
+        given = ("--target", "openvino", "--precision", "int8", "--input", "data.npz", "--input", "more.npz")
+        ran = ferry("compile", product, *given, "-o", "out")
+        assert (ran.status, ran.err) == (0, "")
+        assert "engine  openvino-int8" in ran.out
+        x = np.load(place / "data.npz")["a"]
+        want = x @ numpy_helper.to_array(onnx.load(product).graph.initializer[0])
+        with load(place / "out").open() as session:
+            got = session.run({"a": x})["b"]
+        assert 0 < np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
+
+    def test_one_call_is_warned_of_and_json_tells_the_steps(self, ferry, product):
+        given = ("--precision", "int8", "--input", "data.npz", "-o", "out")
+        ran = ferry("compile", product, *given)
+        assert ran.err.startswith("warning: the graph was quantised on one call")
+        values = ferry("compile", product, *given, "--overwrite", "--json").values
+        assert [step["name"] for step in values["steps"]] == ["quantize", "compile for onnxruntime-int8", "pack"]
+
+    def test_what_is_refused(self, ferry, place, product, tree):
+        before = tree(place)
+        assert "int8 needs data to quantise on" in ferry("compile", product, "--precision", "int8", "-o", "o").refusal
+        assert "--precision int8 asks for" in ferry("compile", product, "--input", "data.npz", "-o", "o").refusal
+        given = ("--precision", "int8", "--input", "a=1,2")
+        assert "input 'a' must have 2 dimensions" in ferry("compile", product, *given, "-o", "o").refusal
+        assert tree(place) == before
+
+    def test_a_file_that_is_quantised_already_needs_no_data(self, ferry, place, product):
+        import torchferry
+
+        data = [(np.load(place / f"{name}.npz")["a"],) for name in ("data", "more")]
+        torchferry.quantize(product, data).save("quantised.onnx")
+        assert ferry("compile", "quantised.onnx", "--precision", "int8", "-o", "out").status == 0
+        assert "would be computed in int8" in ferry("compile", "quantised.onnx", "-o", "other").refusal

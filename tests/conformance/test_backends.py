@@ -678,9 +678,23 @@ def test_every_precision_that_it_offers_is_within_its_tolerance(backend, tmp_pat
     for precision in get_backend(backend).capabilities().precisions:
         is_half = backend in COMPUTES_AS_TYPED and precision == "fp16"
         w, given = (weights.astype("float16"), x.astype("float16")) if is_half else (weights, x)
-        with ferry.compile(times(w), Target(backend, precision), tmp_path / precision).open() as session:
-            got = compare((x @ weights).astype(w.dtype), only(session.run({"x": given})), TOLERANCES[precision])
+        graph, asked = (times(w), TOLERANCES.get(precision))
+        if precision == "int8":
+            symmetric = get_backend(backend).capabilities().symmetric_int8
+            graph = ferry.quantize(graph, [(x,), (x / 2,)], symmetric=symmetric)
+            asked = ferry.Budget(relative=0.02)
+        with ferry.compile(graph, Target(backend, precision), tmp_path / precision).open() as session:
+            got = compare((x @ weights).astype(w.dtype), only(session.run({"x": given})), asked)
         assert got.passed, f"{precision}: {got}"
+
+
+def test_a_graph_is_computed_in_the_precision_that_was_asked_for_or_not_at_all(builder, tmp_path):
+    with pytest.raises(UnsupportedError, match="int8"):
+        ferry.compile(bounded(double()), Target(builder, "int8"), tmp_path / "engine")
+    quantized = ferry.quantize(times(np.eye(64, dtype=np.float32)), [(np.ones((2, 64), np.float32),)])
+    with pytest.raises(UnsupportedError, match="is quantised, so it would be computed in int8"):
+        ferry.compile(quantized, Target(builder), tmp_path / "engine")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_trial_runs_the_graph_also_in_a_forked_child(backend, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchferry.core.compare import TOLERANCES
+from torchferry.core.compare import TOLERANCES, usual_tolerance
 from torchferry.core.errors import ConfigError
 from torchferry.core.target import PRECISIONS, Target
 
@@ -30,7 +30,10 @@ def test_refused(options: dict[str, object], words: list[str]) -> None:
     assert all(word in str(caught.value) for word in words)
 
 
-def test_every_precision_has_a_tolerance_that_grows() -> None:
-    tolerances = [TOLERANCES[precision] for precision in PRECISIONS]
+def test_every_precision_but_int8_has_a_tolerance_that_grows() -> None:
+    tolerances = [usual_tolerance(precision) for precision in PRECISIONS if precision != "int8"]
     assert tolerances == sorted(tolerances, key=lambda t: (t.atol, t.rtol))
     assert str(TOLERANCES["fp32"]) == "atol 0.0001, rtol 0.0001"
+    with pytest.raises(ConfigError, match="int8 has no usual tolerance") as caught:
+        usual_tolerance("int8")
+    assert "--budget" in str(caught.value.hint)

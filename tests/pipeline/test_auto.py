@@ -111,7 +111,10 @@ def test_the_table(here, source, tmp_path):
     here("onnxruntime", "openvino", **{"onnxruntime-fp32": 3.0, "openvino-fp32": 2.0})
     package = ferry.deploy(source, AUTO, tmp_path / "out", budget=ferry.Budget(max_abs=1e-4))
     tried = _tried(package)
-    assert list(tried) == ["onnxruntime-fp32", "openvino-fp32", "openvino-bf16"]
+    assert set(tried) == {f"{name}-{kind}" for name in ("onnxruntime", "openvino") for kind in ("fp32", "int8")} | {
+        "openvino-bf16"
+    }
+    assert tried["openvino-int8"].startswith("outside")
     assert tried["onnxruntime-fp32"].startswith("within, max abs ")
     assert tried["onnxruntime-fp32"].endswith(", 3.000 ms, ratio 1.500")
     assert tried["openvino-fp32"].startswith("chosen, max abs ")

@@ -44,6 +44,7 @@ NAMES = [
     "partition",
     "patch_model",
     "plan_partition",
+    "quantize",
     "read_samples",
     "record_calibration",
     "register_op",

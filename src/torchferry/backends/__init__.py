@@ -20,6 +20,8 @@ from torchferry.core.target import Target, check_named
 if TYPE_CHECKING:
     from os import PathLike
 
+    from torchferry.graph import Exported
+
 __all__ = ["compile", "get", "names"]
 
 _TABLE = {
@@ -74,7 +76,8 @@ def compile(graph: Any, target: Target, folder: str | PathLike[str], *, overwrit
 
     Raises:
         MissingBackendError: If the engine is unknown or not installed.
-        UnsupportedError: If it cannot do what the target asks.
+        UnsupportedError: If it cannot do what the target asks, or the graph is quantised and the target not int8, or
+            the other way round.
         BackendError: If it refuses the graph, or takes it and fails to run it.
         OutputError: If the folder cannot be written.
     """
@@ -83,6 +86,7 @@ def compile(graph: Any, target: Target, folder: str | PathLike[str], *, overwrit
     backend = get(target.backend)
     check_target(target)
     exported = as_exported(graph, target)
+    _check_quantized(exported, target)
     with new_folder(Path(folder), overwrite=overwrite, marker=RECORD_FILE) as partial:
         adaptations = backend.compile(exported, target, partial)
         files = tuple(sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file()))
@@ -124,3 +128,21 @@ def check_target(target: Target) -> None:
         if name not in capabilities.options:
             hint = did_you_mean(name, capabilities.options)
             raise UnsupportedError(f"'{target.backend}' has no option '{name}'", hint=hint)
+
+
+def _check_quantized(exported: Exported, target: Target) -> None:
+    """Check that a graph is computed in the precision that was asked for, which of int8 the graph alone decides.
+
+    Raises:
+        UnsupportedError: If it is not.
+    """
+    if exported.is_quantized and target.precision != "int8":
+        raise UnsupportedError(
+            f"the graph is quantised, so it would be computed in int8, not in {target.precision}",
+            hint="choose precision int8, or give the graph from before it was quantised",
+        )
+    if target.precision == "int8" and not exported.is_quantized:
+        raise UnsupportedError(
+            "the graph is not quantised, so no engine would compute it in int8",
+            hint="quantise it with ferry.quantize, or give `torchferry compile` or `deploy` data to do that on",
+        )

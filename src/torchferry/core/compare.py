@@ -75,9 +75,23 @@ TOLERANCES: dict[Precision, Tolerance] = {
     "fp32": Tolerance(atol=1e-4, rtol=1e-4),
     "fp16": Tolerance(atol=1e-2, rtol=1e-2),
     "bf16": Tolerance(atol=5e-2, rtol=5e-2),
-    "int8": Tolerance(atol=1e-1, rtol=1e-1),
 }
-"""What is asked of each precision unless the user says otherwise."""
+"""What is asked of a precision unless the user says otherwise; int8 has none, for its error is the model's own."""
+
+
+def usual_tolerance(precision: Precision) -> Tolerance:
+    """Return what is asked of a precision where the user does not say.
+
+    Raises:
+        ConfigError: For int8, whose error depends on the model and the data.
+    """
+    if precision not in TOLERANCES:
+        raise ConfigError(
+            f"{precision} has no usual tolerance: how much error is allowed has to be said",
+            hint="give a budget: --budget relative=0.05 (the L2 error, here 5 percent), in Python "
+            "ferry.Budget(relative=0.05)",
+        )
+    return TOLERANCES[precision]
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Capabilities:
         devices: The names that ``Target.device`` may have besides the default, or how they begin.
         options: The names that ``Target.options`` may have.
         fast: False if it is there to check others by, so that no search for the fastest tries it.
+        symmetric_int8: True if what it computes in int8 must be signed, with 0 for zero.
     """
 
     precisions: tuple[str, ...]
@@ -73,6 +74,7 @@ class Capabilities:
     devices: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     fast: bool = True
+    symmetric_int8: bool = False
 
 
 def check_capable(target: Target, able: Capabilities) -> None:

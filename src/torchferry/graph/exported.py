@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 SIGNATURE_KEY = "torchferry.signature"
 # A protobuf message ends at 2 GiB, and writing one takes four times its size in memory, which external data does not.
 EXTERNAL_DATA_BYTES = 256 << 20
+_QUANTIZING = frozenset((
+    "QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,12 @@ class Exported:
     def weights_bytes(self) -> int:
         """Size of all initializers in bytes."""
         return sum(v.const_value.nbytes for g in self.model.graphs() for v in g.initializers.values() if v.const_value)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether tensors are made integers to compute with; weights that are only kept as integers do not count."""
+        graphs = (*self.model.graphs(), *self.model.functions.values())
+        return any(node.op_type in _QUANTIZING and not node.domain for graph in graphs for node in graph)
 
     def statistics(self) -> dict[str, str]:
         """Return nodes, operators, opset, parameters and weights as names and values."""

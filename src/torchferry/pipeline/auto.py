@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 from torchferry import backends
 from torchferry.core.compare import TOLERANCES
-from torchferry.core.errors import BackendError, ExportError, FormatError, UnsupportedError, VerificationError
+from torchferry.core.errors import (
+    BackendError,
+    ExportError,
+    FormatError,
+    InputError,
+    UnsupportedError,
+    VerificationError,
+)
 from torchferry.core.report import Finding, Report
 from torchferry.pipeline.bench import shown_inputs
 from torchferry.pipeline.bench_driver import Contender, Plan, measure
@@ -190,12 +197,15 @@ def _attempts(
         if target.backend in unfit:
             attempts[target] = unfit[target.backend]
             continue
+        if target.precision == "int8" and walk.criterion(target) is None:
+            attempts[target] = "how much error is allowed has not been said, as int8 needs"
+            continue
         try:
             backends.check_target(target)
             prepared = walk.prepare(target)
             engine = walk.compile(prepared, target, scratch)
             attempts[target] = walk.verify(engine, prepared, criterion)
-        except (BackendError, FormatError, VerificationError) as exc:
+        except (BackendError, FormatError, InputError, VerificationError) as exc:
             attempts[target] = exc.message
             if target.precision == "fp32":  # every precision begins with this graph
                 unfit[target.backend] = exc.message

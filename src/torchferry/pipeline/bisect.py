@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from torchferry.core.compare import TOLERANCES, Tolerance, compare
+from torchferry.core.compare import Tolerance, compare, usual_tolerance
 from torchferry.core.engine import Engine
 from torchferry.core.errors import BackendError, ConfigError, ModelError
 from torchferry.core.report import plain
@@ -161,7 +161,7 @@ def bisect(
         steps: Told of every build.
 
     Raises:
-        ConfigError: If ``inputs`` are missing.
+        ConfigError: If ``inputs`` are missing, or the target is int8: prefixes are not quantised.
         ModelError: If the model fails in PyTorch.
         ExportError: If it cannot be exported.
         MissingBackendError: If the engine is unknown or not installed.
@@ -184,7 +184,9 @@ def bisect(
     target, build = _engine(engine)
     if target is not None:
         check_target(target)
-    tolerance = tolerance or TOLERANCES[target.precision if target else "fp16"]
+        if target.precision == "int8":
+            raise ConfigError("bisect runs prefixes of the FP32 graph, not of one quantised to int8")
+    tolerance = tolerance or usual_tolerance(target.precision if target else "fp16")
     steps = steps or Steps()
     with steps.step("export") as step, evaluation_mode(source.model):
         captured = capture(source, target or Target(), functools.partial(rewriter_context, source, target or Target()))

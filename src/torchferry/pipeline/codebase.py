@@ -12,7 +12,7 @@ from torchferry import backends
 from torchferry.codebases.openmmlab.deploy_config import read_python, validate_deploy_config
 from torchferry.core.compare import TOLERANCES
 from torchferry.core.engine import platform_versions
-from torchferry.core.errors import ConfigError, InputError, MissingBackendError, OutputError
+from torchferry.core.errors import ConfigError, InputError, MissingBackendError, OutputError, UnsupportedError
 from torchferry.core.files import new_files, output_errors
 from torchferry.core.report import Finding, Report
 from torchferry.core.sections import read_section
@@ -163,7 +163,16 @@ def _check_folder(out: Path) -> None:
 
 
 def _verifying_target(target: Target) -> tuple[Target, list[Finding]]:
-    """Return the target if its engine is here, else the default one and a warning that says so."""
+    """Return the target if its engine is here, else the default one and a warning that says so.
+
+    Raises:
+        UnsupportedError: If its engine cannot do what it asks, or it is int8.
+    """
+    if target.precision == "int8":
+        raise UnsupportedError(
+            "models of a codebase are not quantised while they are exported",
+            hint="export for fp32, then give the graph and data to `torchferry compile --precision int8 --input …`",
+        )
     try:
         backends.check_target(target)
         available = backends.get(target.backend).availability()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchferry import backends
-from torchferry.core.compare import TOLERANCES, Budget, Criterion, Tolerance
+from torchferry.core.compare import TOLERANCES, Budget, Criterion, Tolerance, usual_tolerance
 from torchferry.core.errors import ConfigError, OutputError, TorchferryError, VerificationError
 from torchferry.core.files import check_free, output_errors
 from torchferry.core.target import AUTO, DEFAULT_BACKEND, Target
@@ -20,7 +20,7 @@ from torchferry.pipeline.steps import Steps
 from torchferry.pipeline.walk import Walk, join_reports
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
 
     from torchferry.core.report import Finding, Report
@@ -64,7 +64,9 @@ def deploy(
     cfg: Any = None,
     headroom_bits: int = HEADROOM_BITS,
 ) -> Package:
-    """Export, compile, verify and pack a model; for targets of precision fp16 also repair what would overflow.
+    """Export, compile, verify and pack a model.
+
+    For targets of precision fp16 also repair what would overflow, for those of int8 quantise.
 
     Args:
         source: The module with its example, names and dynamic dimensions.
@@ -73,7 +75,8 @@ def deploy(
             ``budget``, or within what fp32 is held to.
         out: The package's folder; it is whole or absent at the end.
         data: Inputs to verify on, one tuple or dict of tensors or an iterable of them; the source's example if None.
-        tolerance: What is asked of every engine; its precision's own by default.
+            For int8 also to quantise on; of several calls the last quarter is kept back then, for verification alone.
+        tolerance: What is asked of every engine; its precision's own by default, which int8 does not have.
         budget: The error that every output may have, in place of a tolerance.
         sizes: Sizes of dynamic dimensions to verify at; chosen from their ranges by default.
         preprocess: How a picture becomes each input.
@@ -89,7 +92,8 @@ def deploy(
         The package, loaded.
 
     Raises:
-        ConfigError: If both a tolerance and a budget are given, or the targets do not go together.
+        ConfigError: If both a tolerance and a budget are given, neither and a target is int8, or the targets do not go
+            together.
         VerificationError: If an engine does not give what PyTorch gives. Nothing is packed; the report lies beside the
             folder, as ``OUT.report.html``.
         TorchferryError: As ``export``, ``compile``, ``verify`` and ``pack``.
@@ -122,7 +126,7 @@ def _deploy(
     findings: Sequence[Finding] = (),
 ) -> Deployed:
     check_free(out, overwrite=overwrite, marker=MANIFEST_FILE)
-    check_targets(targets)
+    check_targets(targets, walk.criterion)
     with tempfile.TemporaryDirectory(prefix="torchferry-") as scratch:
         if targets[0].backend == AUTO:
             choice = choose(walk, targets[0], Path(scratch))
@@ -163,11 +167,16 @@ def _all_of(walk: Walk, targets: Sequence[Target], scratch: Path, out: Path) -> 
     return Choice(arrivals, join_reports([arrival.report for arrival in arrivals]))
 
 
-def check_targets(targets: Sequence[Target]) -> None:
+def check_targets(targets: Sequence[Target], asked: Callable[[Target], Criterion | None]) -> None:
     """Check, before any work, that a package can be made for these targets.
 
+    Args:
+        targets: Where it goes.
+        asked: What the user asks of a target's outputs; None for the usual.
+
     Raises:
-        ConfigError: If there are none, two are alike, they ask for different opsets, or ``auto`` is one of several.
+        ConfigError: If there are none, two are alike, they ask for different opsets, ``auto`` is one of several, or one
+            needs to be told how much error is allowed.
         BackendError: As ``backends.check_target``.
     """
     if not targets:
@@ -176,9 +185,12 @@ def check_targets(targets: Sequence[Target]) -> None:
         if len(targets) > 1:
             raise ConfigError(f"'{AUTO}' chooses among all engines, so it must be the only target, got {len(targets)}")
         check_choice(targets[0])
-        return
+    else:
+        for target in targets:
+            backends.check_target(target)
     for target in targets:
-        backends.check_target(target)
+        if target.precision is not None and asked(target) is None:
+            usual_tolerance(target.precision)
     names = [str(target) for target in targets]
     if len(set(names)) < len(names):
         raise ConfigError(f"two targets are alike: {', '.join(names)}")
@@ -273,12 +285,13 @@ def deploy_config(config: DeployConfig, *, overwrite: bool = False, steps: Steps
     steps = steps or Steps()
     targets = config.engines()
     check_free(config.out, overwrite=overwrite, marker=MANIFEST_FILE)
-    check_targets(targets)
+    tolerance = functools.partial(tolerance_of, config)
+    check_targets(targets, tolerance)
     loaded = load_model_and_data(config, steps)
     walk = Walk(
         loaded.source,
         loaded.calls,
-        functools.partial(tolerance_of, config),
+        tolerance,
         config.verify.sizes,
         config,
         config.fp16.headroom_bits,
@@ -302,7 +315,7 @@ def tolerance_of(config: DeployConfig, target: Target) -> Criterion | None:
         return Budget(**config.budget.model_dump())
     if config.verify.atol is None and config.verify.rtol is None:
         return None
-    default = TOLERANCES[target.precision]
+    default = TOLERANCES.get(target.precision, Tolerance(0, 0))
     return Tolerance(
         default.atol if config.verify.atol is None else config.verify.atol,
         default.rtol if config.verify.rtol is None else config.verify.rtol,

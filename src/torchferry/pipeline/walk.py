@@ -12,6 +12,7 @@ from torchferry import backends
 from torchferry.core.report import Finding, Report
 from torchferry.pipeline.half import halved
 from torchferry.pipeline.prepared import Prepared
+from torchferry.pipeline.quantized import quantized
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from torchferry.pipeline.steps import Steps
 
 # How a graph is made ready for a precision; for those that are not here it is compiled as it was exported.
-_PREPARATIONS: Mapping[str, Callable[[Exported, Walk], Prepared]] = {"fp16": halved}
+_PREPARATIONS: Mapping[str, Callable[[Exported, Walk], Prepared]] = {"fp16": halved, "int8": quantized}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A copy of a graph to solve scales on: functions inlined, a constant for every use, masks bounded."""
+"""A copy of a graph to solve scales on, or to quantise: functions inlined, a constant for every use, masks bounded."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def _require_fp32(model: ir.Model) -> None:
     for value in values(model.graph):
         if value.dtype in _HALF:
             raise FormatError(
-                f"'{value.name}' is {value.dtype.name} already; scales are solved on the FP32 graph",
+                f"'{value.name}' is {value.dtype.name} already, where an FP32 graph is needed",
                 hint="export the model in FP32",
             )
         if value.dtype is None and value.type is None and value.uses():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchferry.core.compare import TOLERANCES, Comparison, Criterion, compare
+from torchferry.core.compare import Comparison, Criterion, compare, usual_tolerance
 from torchferry.core.engine import platform_versions
 from torchferry.core.errors import TorchferryError
 from torchferry.core.report import Finding, Report
@@ -39,7 +39,7 @@ def verify(
         model: The module that was exported, or its ``Source``.
         inputs: One tuple or dict of tensors, or an iterable of them; may be left out for a ``Source``.
         tolerance: What is asked, a ``Tolerance`` or a ``Budget``; by default ``core.compare.TOLERANCES`` of the
-            target's precision.
+            target's precision. int8 has none there, so that it must be given.
         sizes: Sizes of the dynamic dimensions to run besides the data's own; chosen from the ranges if None.
 
     Returns:
@@ -47,11 +47,12 @@ def verify(
         ``raise_for_failure()`` turns it into an exception.
 
     Raises:
+        ConfigError: If the target is int8 and no tolerance is given.
         ModelError: If ``model`` is not a module.
         InputError: If the inputs do not fit the model.
         BackendError: If the engine cannot be loaded.
     """
-    tolerance = tolerance or TOLERANCES[engine.target.precision]
+    tolerance = tolerance or usual_tolerance(engine.target.precision)
     source, calls = _source_and_calls(engine, model, inputs)
     data = [source.names.tensors(call) for call in calls]
     runner = _Runner(source, engine, tolerance)

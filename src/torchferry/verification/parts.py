@@ -13,7 +13,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torchferry import backends
-from torchferry.core.compare import TOLERANCES, Comparison, Criterion, Tolerance, compare
+from torchferry.core.compare import TOLERANCES, Comparison, Criterion, Tolerance, compare, usual_tolerance
 from torchferry.core.engine import platform_versions
 from torchferry.core.errors import BackendError, InputError, TorchferryError
 from torchferry.core.files import new_files, new_folder
@@ -77,7 +77,7 @@ def verify_parts(
         differs is a finding of severity error that names the part.
 
     Raises:
-        ConfigError: If a part has no engine, or an engine belongs to no part.
+        ConfigError: If a part has no engine, an engine belongs to no part, or one is int8 and no tolerance is given.
         InputError: If the inputs do not fit the whole.
         BackendError: If no engine here runs the whole, or one cannot be loaded.
     """
@@ -87,7 +87,7 @@ def verify_parts(
         args, kwargs = _as_tensors(calls[0])
         source = Source(source, args, kwargs, input_names=plan.whole.signature.input_names)
     cases = _cases(plan, calls, source)
-    tolerances = {name: tolerance or TOLERANCES[engine.target.precision] for name, engine in engines.items()}
+    tolerances = {name: tolerance or usual_tolerance(engine.target.precision) for name, engine in engines.items()}
     checks = _Checks(plan, tolerances, tolerance or TOLERANCES["fp32"])
     with ExitStack() as stack:
         recorder = stack.enter_context(_loaded(with_boundaries(plan)))

@@ -54,6 +54,8 @@ def session_options(threads: int | None, spinning: bool) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or _usable_cores()
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
+    # On an x64 CPU without VNNI, sums of products of unsigned by signed bytes would saturate at 16 bits.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     add_kernels(options)
     options.log_severity_level = 4  # its errors come as exceptions too; its warnings are for its developers
     return options

@@ -39,7 +39,7 @@ _NO_BOUND = 1 << 62  # from here on an integer stands for "to the end", which th
 
 
 class OpenVino:
-    """The ``openvino`` backend: fp32 on the CPU, and bf16 where the CPU has it.
+    """The ``openvino`` backend: fp32 on the CPU, int8 where the graph is quantised, and bf16 where the CPU has it.
 
     Asked for fp16, OpenVINO computes in bf16 on a CPU, so fp16 is not offered. What it does differently from ONNX: NaN
     is lost in some operators (``Relu``, ``Exp``, ``Max``), and 8-bit integers stop at their ends where others wrap.
@@ -59,8 +59,8 @@ class OpenVino:
 
     def capabilities(self) -> Capabilities:
         """Tell what OpenVINO does on this CPU."""
-        has_bf16 = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        precisions = tuple(name for name in PRECISIONS if name != "bf16" or has_bf16)
+        able = core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        precisions = tuple(name for name in PRECISIONS if name.upper() in able)
         return Capabilities(precisions=precisions, max_opset=MAX_OPSET, dynamic_shapes=True)
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> tuple[str, ...]:

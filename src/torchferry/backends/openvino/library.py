@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from torchferry.core.errors import BackendError, MissingBackendError
+from torchferry.core.imports import import_without
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,21 +28,12 @@ def openvino() -> Any:
     Raises:
         MissingBackendError: If it is not installed.
     """
-    if "openvino" in sys.modules:
-        return sys.modules["openvino"]
-    seen = {name: module for name, module in sys.modules.items() if name.split(".")[0] == _TELEMETRY}
-    for name in seen:
-        del sys.modules[name]
-    sys.modules[_TELEMETRY] = None  # type: ignore[assignment] # the documented way to make an import fail
     try:
-        return importlib.import_module("openvino")
+        return import_without("openvino", absent=_TELEMETRY)
     except ImportError as exc:
         raise MissingBackendError(
             "the engine 'openvino' is not installed", hint="pip install 'torchferry[openvino]'"
         ) from exc
-    finally:
-        del sys.modules[_TELEMETRY]
-        sys.modules.update(seen)
 
 
 def core() -> Any:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from torchferry.core.target import Precision
 
 PROFILE = "PERF_COUNT"
-PRECISIONS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
+# What a graph computes in where it is not quantised; what is, is int8 whatever stands here.
+PRECISIONS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
 
 
 def properties(precision: Precision, threads: int | None, *, profile: bool = False) -> dict[str, Any]:

@@ -35,7 +35,10 @@ def _check_operators(model: Any) -> None:
 
 
 class Reference:
-    """The ``reference`` backend: the meaning of ONNX, operator by operator, in numpy."""
+    """The ``reference`` backend: the meaning of ONNX, operator by operator, in numpy.
+
+    Of a quantised graph it gives the numbers; between quantisers they are float32, as ONNX says.
+    """
 
     name = "reference"
 
@@ -54,7 +57,7 @@ class Reference:
         import onnx
 
         newest = onnx.defs.onnx_opset_version()
-        return Capabilities(("fp32", "fp16"), max_opset=newest, dynamic_shapes=True, proves=True, fast=False)
+        return Capabilities(("fp32", "fp16", "int8"), max_opset=newest, dynamic_shapes=True, proves=True, fast=False)
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> tuple[str, ...]:
         """Save the graph as it is.

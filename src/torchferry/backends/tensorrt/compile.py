@@ -29,7 +29,7 @@ _LARGE = 256 << 20  # bytes of weights, from which on they stand in a file of th
 
 
 class TensorRt:
-    """A ``tensorrt`` backend: fp32, fp16 and bf16 on NVIDIA's GPUs, each as the graph's own types say.
+    """A ``tensorrt`` backend: fp32, fp16, bf16 and int8 on NVIDIA's GPUs, each as the graph's own types say.
 
     Args:
         flavour: Which TensorRT.
@@ -56,12 +56,13 @@ class TensorRt:
     def capabilities(self) -> Capabilities:
         """Tell what TensorRT does."""
         return Capabilities(
-            ("fp32", "fp16", "bf16"),
+            ("fp32", "fp16", "bf16", "int8"),
             max_opset=MAX_OPSET,
             dynamic_shapes=True,
             general=False,
             devices=(DEVICE,),
             options=(WORKSPACE,),
+            symmetric_int8=True,
         )
 
     def compile(self, graph: Graph, target: Target, folder: Path) -> tuple[str, ...]:

@@ -40,11 +40,15 @@ def check_types(model: ir.Model, signature: Signature) -> None:
 
 
 def check_precision(model: ir.Model, precision: Precision) -> None:
-    """Check that a graph's products have the types of a precision.
+    """Check that a graph's products have the types of a precision, or its quantisers those that TensorRT has.
 
     Raises:
-        UnsupportedError: If one has another type in a graph for fp32, or none has the type in one for fp16 or bf16.
+        UnsupportedError: If one has another type in a graph for fp32, or none has the type in one for fp16 or bf16, or
+            a quantiser in one for int8 is not symmetric.
     """
+    if precision == "int8":
+        _check_quantizers(model)
+        return
     wanted = _ELEMENTS[precision]
     products = [(node, _types(node)) for graph in model.graphs() for node in graph if node.op_type in _PRODUCTS]
     found = set[str]().union(*(types for _, types in products))
@@ -67,6 +71,19 @@ def check_precision(model: ir.Model, precision: Precision) -> None:
             if precision == "fp16"
             else "type the graph in bfloat16",
         )
+
+
+def _check_quantizers(model: ir.Model) -> None:
+    import onnx_ir as ir
+
+    for node in (node for graph in model.graphs() for node in graph if node.op_type == "QuantizeLinear"):
+        zero = node.inputs[2] if len(node.inputs) > 2 else None
+        value = None if zero is None else ir.convenience.get_const_tensor(zero)
+        if value is None or value.dtype != ir.DataType.INT8 or value.numpy().any():
+            raise UnsupportedError(
+                f"TensorRT quantises to int8 with 0 for zero, and '{node.name}' does not",
+                hint="quantise with ferry.quantize(…, symmetric=True)",
+            )
 
 
 def _types(node: ir.Node) -> set[str]:
