@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchferry.core.errors import ModelError
+from torchferry.core.errors import ModelError, TorchferryError
 from torchferry.exporter.capture import evaluation_mode
 from torchferry.exporter.inputs import as_calls, flatten_outputs, to_numpy
 from torchferry.exporter.source import Source
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _SAME = 1e-5  # relative; the repaired module in FP32 does the same sums, and differs only where eps was raised
 _SIZES = 4
 _NAMED = re.compile(r"L\['(\w+)'\]")  # how torch names an input in a condition
+_REPAIR_GRAPH = "repair the exported graph: ferry.fp16.fix(ferry.export(model, args), calibration)"
 _NO_KERNEL = "not implemented for 'Half'"
 
 
@@ -92,10 +93,15 @@ def fix_module(
     free_sizes = len({tuple(array.shape for array in feeds.values()) for feeds in data}) > 1
     with evaluation_mode(source.model):
         by_weights = _by_weights(task, free_sizes, weights_only)
-        if by_weights is not None and (by_weights[1].passed or weights_only):
+        if by_weights is None:
+            return _by_calls(task)
+        if by_weights[1].passed or weights_only:
             return by_weights
-        by_calls = _by_calls(task)
-        return by_weights if by_weights is not None and not by_calls[1].passed else by_calls
+        try:
+            by_calls = _by_calls(task)
+        except TorchferryError:  # what the weights' certificate says is the more telling answer
+            return by_weights
+        return by_calls if by_calls[1].passed else by_weights
 
 
 _Fixed = tuple[torch.nn.Module, Certificate]
@@ -116,7 +122,14 @@ def _by_weights(task: _Task, free_sizes: bool, weights_only: bool) -> _Fixed | N
     fixed = copy.deepcopy(task.model)
     write_weights(fixed, captured.parameters, found)
     write_epsilons(fixed, epsilons, found)
-    _require_same(task, fixed)
+    if not _gives_the_same(task, fixed):
+        if weights_only:
+            raise ModelError(
+                "the repaired module does not give the same outputs: it uses its parameters in a way that its graph "
+                "does not show",
+                hint="ferry.fp16.fix(model, calibration) repairs the calls that it makes",
+            )
+        return None
     keep_epsilons_above_zero(fixed, epsilons)
     return fixed, task.certified(captured, found)
 
@@ -137,10 +150,13 @@ def _by_calls(task: _Task) -> _Fixed:
         expanded |= islands & EXPANSIONS.keys()
     _settle_guards(task, captured.program)
     fixed = with_calls(captured, numbers, found, frozenset(task.model.state_dict()))
-    _require_same(task, fixed)
+    if not _gives_the_same(task, fixed):
+        raise ModelError("the calls of the module do not give what the module gives", hint=_REPAIR_GRAPH)
     keep_numbers_above_zero(fixed)
-    _require_finite_half(task, fixed, found.problem.outside)
-    return fixed, task.certified(captured, found)
+    certificate = task.certified(captured, found)
+    if certificate.passed:
+        _require_finite_half(task, fixed, found.problem.outside)
+    return fixed, certificate
 
 
 def _outputs(model: torch.nn.Module, call: Call) -> list[torch.Tensor]:
@@ -205,15 +221,10 @@ def _is_close(got: torch.Tensor, want: torch.Tensor) -> bool:
     return same_shape and torch.allclose(got.to(want.dtype), want, rtol=_SAME, atol=_SAME * scale, equal_nan=True)
 
 
-def _require_same(task: _Task, fixed: torch.nn.Module) -> None:
-    """Refuse a module that uses its parameters in a way that its graph does not show."""
+def _gives_the_same(task: _Task, fixed: torch.nn.Module) -> bool:
+    """Tell whether a module in FP32 does what the user's does, at every set of sizes in the data."""
     with evaluation_mode(fixed):
-        if not all(_are_same(task.model, fixed, call) for call in task.sizes()):
-            raise ModelError(
-                "the repaired module does not give the same outputs: it uses its parameters in a way that its graph "
-                "does not show",
-                hint="repair the exported graph: ferry.fp16.fix(ferry.export(model, args), calibration)",
-            )
+        return all(_are_same(task.model, fixed, call) for call in task.sizes())
 
 
 def _require_finite_half(task: _Task, fixed: torch.nn.Module, outside: Collection[str]) -> None:
@@ -228,15 +239,14 @@ def _require_finite_half(task: _Task, fixed: torch.nn.Module, outside: Collectio
     }
     try:
         got = _outputs(half, names.replace((args, kwargs), halved))
-    except RuntimeError as exc:
+    except Exception as exc:
         if _NO_KERNEL in str(exc):  # of torch on this device; another device may have it
             return
-        raise
+        raise ModelError(f"the repaired module does not run in FP16: {exc}", hint=_REPAIR_GRAPH) from exc
     for want, each in zip(_outputs(task.model, (args, kwargs)), got, strict=True):
         if each.is_floating_point() and (want.isfinite() & ~each.isfinite()).any():
             raise ModelError(
-                "the repaired module is not finite in FP16 where the module is in FP32",
-                hint="repair the exported graph: ferry.fp16.fix(ferry.export(model, args), calibration)",
+                "the repaired module is not finite in FP16 where the module is in FP32", hint=_REPAIR_GRAPH
             )
 
 
