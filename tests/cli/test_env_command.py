@@ -35,7 +35,7 @@ def test_the_page(ferry):
     titles = [line for line in ran.out.splitlines() if line[0] != " " and " " not in line]
     assert [title for title in titles if title != "variables"] == ["machine", "gpu", "engines", "packages", "openmmlab"]
     version = importlib.metadata.version("onnxruntime")
-    assert f"  onnxruntime   {version}: fp32; opset up to 24; dynamic shapes\n" in ran.out
+    assert f"  onnxruntime   {version}: fp32, int8; opset up to 24; dynamic shapes\n" in ran.out
 
 
 def test_every_engine_is_listed(ferry):

@@ -189,7 +189,7 @@ class TestRelations:
         session = opened(exported)
         np.testing.assert_array_equal(only(session.run({"x": ones(2, 4)})), 2 * ones(2, 4))
         for size in ((1, 1), (1, 7), (7, 1)):
-            with pytest.raises(InputError, match="1 < .* // 4"):
+            with pytest.raises(InputError, match=r"// 4\) > 1"):
                 session.run({"x": ones(*size)})
 
     def test_a_branch_on_a_computed_size_of_one_is_a_relation(self, opened):

@@ -30,7 +30,7 @@ def as_exported(graph: Any, target: Target | None = None) -> Exported:
 
     Raises:
         MissingFileError: If the path leads nowhere.
-        FormatError: If the file is not a whole ONNX model, or the object none of the above.
+        FormatError: If the file is not a whole ONNX model, its nodes run in a circle, or the object is something else.
     """
     if isinstance(graph, Exported):
         return graph
@@ -38,7 +38,7 @@ def as_exported(graph: Any, target: Target | None = None) -> Exported:
     if isinstance(graph, str | os.PathLike):
         model = _tidied(_load(Path(graph)))
     elif isinstance(graph, ir.Model):
-        model = graph
+        model = graph if _is_in_order(graph.graph) else _tidied(ir.from_proto(ir.to_proto(graph)))
     elif isinstance(graph, onnx.ModelProto):
         model = _tidied(ir.from_proto(graph))
     elif isinstance(getattr(graph, "model", None), ir.Model):
@@ -56,14 +56,22 @@ def _tidied(model: ir.Model) -> ir.Model:
     imports = model.graph.opset_imports
     if "ai.onnx" in imports:
         imports.setdefault("", imports.pop("ai.onnx"))
+    if not _is_in_order(model.graph):
+        try:
+            model.graph.sort()
+        except ValueError as exc:
+            raise FormatError(f"the nodes of the graph cannot be put in an order: {exc}") from exc
+    return model
+
+
+def _is_in_order(graph: ir.Graph) -> bool:
     seen: set[ir.Node] = set()
-    for node in model.graph:
+    for node in graph:
         seen.add(node)
         makers = (value.producer() for value in node.inputs if value is not None)
         if any(maker is not None and maker not in seen for maker in makers):
-            model.graph.sort()
-            break
-    return model
+            return False
+    return True
 
 
 def _load(path: Path) -> ir.Model:

@@ -14,7 +14,6 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from torchferry.core.errors import FormatError
 from torchferry.core.signature import Signature, TensorSpec
 from torchferry.graph.provenance import Provenance, provenance
 from torchferry.precision.accumulators import accumulator_bound
@@ -102,9 +101,9 @@ def instrument(
         census: Give the share of subnormal numbers of every tensor.
 
     Raises:
-        FormatError: If the graph's functions cannot be inlined, or its nodes have no order.
+        FormatError: If the graph's functions cannot be inlined.
     """
-    model = _copied(exported.model)
+    model = exported.model.clone()
     inline_functions(model)
     if any(output.dtype is None for graph in model.graphs() for node in graph for output in node.outputs):
         ShapeInferencePass(check_type=False, strict_mode=False)(model)
@@ -132,23 +131,6 @@ def instrument(
         tuple(instrumenting.unrounded),
         is_half,
     )
-
-
-def _copied(model: ir.Model) -> ir.Model:
-    """Return a copy that shares the weights; some tools write nodes in an order that does not run, which is mended."""
-    made: set[ir.Value] = {*model.graph.inputs, *model.graph.initializers.values()}
-    for node in model.graph:
-        if not made.issuperset(value for value in node.inputs if value is not None):
-            break
-        made.update(node.outputs)
-    else:
-        return model.clone()
-    copy = ir.from_proto(ir.to_proto(model))
-    try:
-        copy.graph.sort()
-    except ValueError as exc:
-        raise FormatError(f"the nodes of the graph cannot be put in an order: {exc}") from exc
-    return copy
 
 
 def _masks(array: Array) -> bool:
