@@ -130,6 +130,9 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="without torch.compile, which takes most of the time")
     parser.add_argument("--json", metavar="FILE", help="write every figure")
     options = parser.parse_args()
+    unknown = [name for name in options.names if name not in NAMES]
+    if unknown:
+        parser.error(f"unknown network '{unknown[0]}'; there are {', '.join(NAMES)}")
     reports = {}
     for name in options.names:
         if name == "YOLOv3" and importlib.util.find_spec("mmdet") is None:

@@ -116,6 +116,21 @@ def test_what_the_exporter_needs_a_rule_for_is_repaired_too() -> None:
     assert error(copy.deepcopy(fixed).half()(*halved(data[-1])), Flat()(*data[-1])) < 1e-2
 
 
+def test_what_differs_in_size_among_the_calls_is_free_and_the_rest_is_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 1)).eval()
+    model[0].weight.data.mul_(1e6)
+    model[2].weight.data.mul_(1e-5)
+    data = [(torch.randn(1, 3, height, 8),) for height in (8, 12, 10, 16)]
+    fixed, certificate = ferry.fp16.fix(model, data)
+    assert certificate.passed, str(certificate)
+    assert not certificate.weights_only
+    x = torch.randn(2, 3, 9, 8)
+    assert error(fixed(x), model(x)) < 1e-5
+    with pytest.raises(AssertionError, match=r"size\(\)\[3\]"):
+        fixed(torch.randn(1, 3, 8, 9))
+
+
 class Ends(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = torch.tanh(x * 1e-6)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx.experimental import _config
 
-from torchferry.core.dimension import Dimension
 from torchferry.core.target import Target
 from torchferry.exporter.dimensions import torch_dynamic_shapes, traceable
 from torchferry.exporter.failures import export_error
@@ -59,40 +58,29 @@ class Captured:
         return {node.name: node for node in self.program.graph.nodes if node.op == "call_function"}
 
 
-def capture_plainly(source: Source, *, free_sizes: bool = False, expanded: Collection[Any] = ()) -> Captured:
+def capture_plainly(source: Source, free: Dynamic | None = None, *, expanded: Collection[Any] = ()) -> Captured:
     """Export a module with nothing folded, so that its parameters are constants of the graph.
 
     Args:
         source: The module and its example.
-        free_sizes: Let every size of an input be another than the example's wherever torch can do that.
+        free: Sizes that may be others than the example's, if torch can do that.
         expanded: ATen's operators that are written out; see ``expansions``.
 
     Raises:
         ModelError: If the module fails on its own example.
         ExportError: If it cannot be exported.
     """
-    for doubled, free in _freedoms(source) if free_sizes else ():
-        call = source.names.replace(source.call, traceable(source.names.tensors(source.call), doubled))
-        shapes = torch_dynamic_shapes(source.model, call, source.names, free)
+    tensors = source.names.tensors(source.call)
+    freedoms: tuple[Dynamic, ...] = (free, {}) if free else ()
+    for doubled in freedoms:  # torch takes a size of 1 for fixed, unless it is doubled
+        call = source.names.replace(source.call, traceable(tensors, doubled))
+        shapes = torch_dynamic_shapes(source.model, call, source.names, free or {})
         with suppress(Exception):  # torch raises anything; what is really wrong shows at fixed sizes
             return _captured(source, *_translated(source, call, shapes, expanded))
     try:
         return _captured(source, *_translated(source, source.call, None, expanded))
     except Exception as exc:
         raise export_error(exc, source) from exc
-
-
-def _freedoms(source: Source) -> list[tuple[Dynamic, Dynamic]]:
-    """Return which sizes of 1 to double and which sizes to leave free, the freest first.
-
-    torch takes a size of 1 for fixed; that of a batch is more often free than that of channels.
-    """
-    tensors = source.names.tensors(source.call)
-    every: Dynamic = {
-        name: {axis: Dimension(f"{name}_{axis}") for axis in range(tensor.dim())} for name, tensor in tensors.items()
-    }
-    first: Dynamic = {name: dict(list(axes.items())[:1]) for name, axes in every.items()}
-    return [(every, every), (first, every), ({}, every), (first, first), ({}, first)]
 
 
 def _translated(

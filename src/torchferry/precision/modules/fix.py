@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from torchferry.core.dimension import Dimension
 from torchferry.core.errors import ModelError, TorchferryError
 from torchferry.exporter.capture import evaluation_mode
 from torchferry.exporter.inputs import as_calls, flatten_outputs, to_numpy
@@ -30,6 +31,7 @@ from torchferry.precision.scales import solve
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+    from torchferry.exporter.dimensions import Dynamic
     from torchferry.exporter.inputs import Call
     from torchferry.precision.ranges import Feeds
 
@@ -58,6 +60,16 @@ class _Task:
             tuple(tensor.shape for tensor in names.tensors(call).values()): call for call in reversed(self.calls)
         }
         return list(by_shapes.values())[-_SIZES:]
+
+    def free(self, *, batch: bool) -> Dynamic:
+        """Return the sizes that differ among the calls, and with ``batch`` the first of every input."""
+        names = self.source.names
+        found: Dynamic = {}
+        for name in names.names:
+            shapes = [names.tensors(call)[name].shape for call in self.calls]
+            axes = [a for a, sizes in enumerate(zip(*shapes, strict=False)) if len(set(sizes)) > 1 or (batch and not a)]
+            found |= {name: {axis: Dimension(f"d{len(found)}_{axis}") for axis in axes}} if axes else {}
+        return found
 
     def certified(self, captured: Captured, found: Plan) -> Certificate:
         repaired = repair(captured.exported, found)
@@ -90,9 +102,8 @@ def fix_module(
     source = Source(copy.deepcopy(model), *calls[0])
     data = [{k: to_numpy(v) for k, v in source.names.tensors(call).items()} for call in calls]
     task = _Task(model, source, calls, *split_data(data), headroom_bits, time.perf_counter())
-    free_sizes = len({tuple(array.shape for array in feeds.values()) for feeds in data}) > 1
     with evaluation_mode(source.model):
-        by_weights = _by_weights(task, free_sizes, weights_only)
+        by_weights = _by_weights(task, weights_only)
         if by_weights is None:
             return _by_calls(task)
         if by_weights[1].passed or weights_only:
@@ -107,9 +118,9 @@ def fix_module(
 _Fixed = tuple[torch.nn.Module, Certificate]
 
 
-def _by_weights(task: _Task, free_sizes: bool, weights_only: bool) -> _Fixed | None:
+def _by_weights(task: _Task, weights_only: bool) -> _Fixed | None:
     """Write scales into the weights of a copy; None where they do not do."""
-    captured = capture_plainly(task.source, free_sizes=free_sizes)
+    captured = capture_plainly(task.source, task.free(batch=False))
     captured = replace(captured, parameters=captured.parameters & task.model.state_dict().keys())
     prepared = prepare(captured.exported, tied=captured.parameters)
     epsilons = find_epsilons(prepared, task.model)
@@ -138,7 +149,7 @@ def _by_calls(task: _Task) -> _Fixed:
     """Make a module of the calls that the model makes, with nodes between them; write out what would stay FP32."""
     expanded: set[Any] = set()
     while True:
-        captured = capture_plainly(task.source, free_sizes=True, expanded=expanded)
+        captured = capture_plainly(task.source, task.free(batch=True), expanded=expanded)
         prepared = prepare(captured.exported, tied=captured.parameters)
         numbers = find_arguments(prepared, captured)
         limits = module_limits(prepared, captured, numbers, by_calls=True)
