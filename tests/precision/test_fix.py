@@ -331,6 +331,18 @@ def test_gates_out_of_range_are_clipped_where_they_are_flat_and_listed() -> None
     assert any("clipped" in line for line in certificate.exceptions())
 
 
+@pytest.mark.parametrize("gate", [nn.Hardswish(), nn.SiLU(), nn.GELU(), nn.Mish(), nn.Hardsigmoid()], ids=str)
+def test_a_gate_in_range_gets_its_true_operand_although_the_sum_before_it_wants_room(gate: nn.Module) -> None:
+    wide = nn.Linear(4096, 8, bias=False)
+    wide.weight.data = torch.ones(8, 4096) * torch.tensor([1.0, -1.0]).repeat(2048)  # sums of 40960 that cancel
+    model = nn.Sequential(wide, gate, nn.Linear(8, 4)).eval()
+    data = [(10 + x / 16,) for (x,) in calls(3, 4096)]
+    _, certificate = ferry.fp16.fix(ferry.export(model, data[0]), data)
+    assert certificate.check("agreement").passed, str(certificate)
+    assert certificate.check("bounds").passed, str(certificate)
+    assert not certificate.islands
+
+
 def test_a_model_in_range_is_only_converted() -> None:
     torch.manual_seed(0)
     model = Residual(1.0).eval()

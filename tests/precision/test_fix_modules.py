@@ -131,6 +131,18 @@ def test_what_differs_in_size_among_the_calls_is_free_and_the_rest_is_refused() 
         fixed(torch.randn(1, 3, 8, 9))
 
 
+def test_what_works_in_place_is_written_out_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Hardswish(inplace=True), nn.Linear(8, 2)).eval()
+    model[0].weight.data.mul_(1e6)
+    model[2].weight.data.mul_(1e-5)
+    data = calls(3, 8)
+    fixed, certificate = ferry.fp16.fix(model, data)
+    assert certificate.passed, str(certificate)
+    assert not certificate.islands
+    assert error(copy.deepcopy(fixed).half()(*halved(data[-1])), model(*data[-1])) < 1e-2
+
+
 class Ends(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = torch.tanh(x * 1e-6)

@@ -250,7 +250,8 @@ class _Builder:
                 unknown: Unknown = (kind, node.name or "", str(at))
                 if kind == "attr":
                     self._epsilons[whole] = unknown
-                    if self._module and whole in self._module.attributes:
+                    # what is inside a node has no attribute that could be written
+                    if node.name not in self._own or (self._module and whole in self._module.attributes):
                         self.problem.rows.append(Row({unknown: 1}, owner))
             else:
                 value = node.inputs[int(at)] if kind == "in" else node.outputs[int(at)]

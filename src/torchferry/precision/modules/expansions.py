@@ -175,8 +175,9 @@ def expand(program: torch.export.ExportedProgram, operators: Collection[Any] = (
         operators: Which, keys of ``EXPANSIONS``; splits are written out in any case.
     """
     wanted = {**_SPLITS, **{operator: EXPANSIONS[operator] for operator in operators}}
-    is_concerned = any(node.target in wanted for node in program.graph.nodes)
-    return program.run_decompositions(wanted) if is_concerned else program  # one may come out of another
+    # One may come out of another, and out of its form that works in place.
+    is_concerned = bool(operators) or any(node.target in _SPLITS for node in program.graph.nodes)
+    return program.run_decompositions(wanted) if is_concerned else program
 
 
 def numbers_as_floats(program: torch.export.ExportedProgram) -> None:
