@@ -38,7 +38,7 @@ def as_exported(graph: Any, target: Target | None = None) -> Exported:
     if isinstance(graph, str | os.PathLike):
         model = _tidied(_load(Path(graph)))
     elif isinstance(graph, ir.Model):
-        model = graph if _is_in_order(graph.graph) else _tidied(ir.from_proto(ir.to_proto(graph)))
+        model = graph
     elif isinstance(graph, onnx.ModelProto):
         model = _tidied(ir.from_proto(graph))
     elif isinstance(getattr(graph, "model", None), ir.Model):
