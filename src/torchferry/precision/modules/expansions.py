@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchferry.precision.prepare import MASK_BECOMES
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
 aten = torch.ops.aten
 _FLAT = 128.0  # sigmoid(-128) is 0 in FP32, and sigmoid(128) is 1
 _FLAT_ERF = 32.0  # erf(32 / sqrt(2)) is 1, and so is tanh
-_MASK = -(2.0**13)  # as prepare.MASK_BECOMES: exp of it is 0
 
 
 def _silu(x: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ def _attention(
         rows, columns = (torch.arange(x.shape[-2], device=x.device) for x in (query, key))
         attn_mask = rows.unsqueeze(-1) >= columns
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = torch.masked_fill(scores, ~attn_mask, _MASK)
+        scores = torch.masked_fill(scores, ~attn_mask, MASK_BECOMES)
     elif attn_mask is not None:
         scores = scores + attn_mask
     return _softmax(scores, -1) @ value

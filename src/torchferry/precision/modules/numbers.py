@@ -51,7 +51,7 @@ class Number:
         assert found.solution is not None  # the caller looked
         k = found.solution.scales.get(self.constant, 0) if self.constant else _attribute_scale(found, self.node)
         value = float(bounded_mask(np.float32(self.value))) if self.constant in found.prepared.masks else self.value
-        return value * 2.0**-k if k or value != self.value else self.value
+        return value * 2.0**-k
 
 
 def find_epsilons(prepared: Prepared, model: torch.nn.Module) -> list[Number]:
